@@ -1,0 +1,1 @@
+"""Configuration: TOML -> frozen dataclasses -> overrides -> validation. Imports no torch."""

@@ -1,0 +1,266 @@
+"""The configuration of a run: frozen dataclasses, one per part, a docstring under every field.
+
+Pure Python: this package imports no torch, so that `moba-train plan` answers at once. Defaults are those of a small
+run; nothing is None (where a value can be chosen by the program it reads "auto", where it comes from elsewhere in the
+configuration it reads "inherit"). Lengths are in tokens, times in seconds, learning rates are peak values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv 2104.09864) and its extension to longer sequences."""
+
+    base: float = 10000.0
+    """Base of the geometric series of wave lengths."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """none; linear = position interpolation (arXiv 2306.15595); llama3 = by wave length, as Llama 3.1; yarn = arXiv
+    2309.00071."""
+    factor: float = 1.0
+    """Extension factor: new length / original length. 1.0 leaves every angle as it is."""
+    original_seq_len: int = 8192
+    """Length the model was trained with before the extension (llama3 and yarn)."""
+    low_freq_factor: float = 1.0
+    """llama3: wave lengths above original_seq_len / low_freq_factor are interpolated in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wave lengths below original_seq_len / high_freq_factor stay as they are."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this over the original length stay as they are."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this over the original length are interpolated in full."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer. `preset` fills in every field that the file does not set itself."""
+
+    preset: str = "custom"
+    """custom, or a name from `moba_train.config.presets`: tiny, llama-3.2-1b, llama-3.1-8b, qwen3-8b."""
+    num_layers: int = 2
+    """Transformer layers, over all pipeline ranks."""
+    hidden_size: int = 64
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 192
+    """Inner width of the SwiGLU MLP (of each of its two branches)."""
+    num_heads: int = 2
+    """Query heads H."""
+    num_kv_heads: int = 2
+    """Key/value heads K; num_heads % num_kv_heads == 0."""
+    head_dim: int = 32
+    """Head dimension D; need not be hidden_size / num_heads."""
+    vocab_size: int = 4096
+    """Rows of the embedding; at least the tokenizer's size and divisible by parallel.tp."""
+    tied_head: bool = True
+    """Share the embedding with the output head."""
+    qk_norm: bool = False
+    """RMSNorm over head_dim on queries and keys, before RoPE (Qwen3)."""
+    key_conv: Literal[0, 3, 5] = 0
+    """Width of the depthwise causal convolution over keys (arXiv 2511.11571); 0 = none."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of the device mesh: number of ranks = tp * cp * pp * dp."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    cp: int = 1
+    """Context-parallel ranks: one row is sharded over them."""
+    pp: int = 1
+    """Pipeline-parallel ranks."""
+    dp: int | Literal["auto"] = "auto"
+    """Data-parallel ranks; auto = whatever is left of the world size."""
+    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    """How a row is cut over CP ranks."""
+    transport: Literal["auto", "all_gather"] = "auto"
+    """How keys and values reach the queries that picked them."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is executed."""
+
+    kind: Literal["megatron"] = "megatron"
+    """megatron = Megatron-core DDP with the distributed optimizer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward and backward pass; master weights and optimizer state are fp32."""
+    attention_backend: Literal["auto", "reference", "torch"] = "auto"
+    """Backend of the attention operator (`moba_kernels`)."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recompute; full = every layer's forward runs again in the backward pass, with the same routing."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data- and context-parallel ranks."""
+    timeout_s: float = 600.0
+    """A collective that takes longer ends the job."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule over the whole run (all stages together)."""
+
+    lr: float = 3e-3
+    """Peak learning rate of stages that say lr = "inherit"."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the run, as a share of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine, or warm-up / stable / linear decay (arXiv 2404.06395)."""
+    warmup_tokens: int = 0
+    """Linear warm-up from 0, in tokens."""
+    decay_tokens: int = 0
+    """wsd only: the linear decay spans the last decay_tokens of the run."""
+    beta1: float = 0.9
+    """First-moment decay."""
+    beta2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (not on norms and biases)."""
+    clip_grad: float = 1.0
+    """Global gradient-norm clip; 0 = off."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One tokenised source: a Megatron `.bin/.idx` pair."""
+
+    path: str = ""
+    """Path prefix, without `.bin` / `.idx`."""
+    packing: Literal["split", "whole"] = "split"
+    """split: a document goes on in the next row; whole: rows hold whole documents and end in padding."""
+    min_doc_tokens: int = 0
+    """Documents shorter than this are left out."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Tokenizer and sources; a stage's `mix` names the sources it draws from."""
+
+    tokenizer: str = ""
+    """Path of the sentencepiece model that the sources were written with."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Training sources by name."""
+    valid: SourceConfig = field(default_factory=SourceConfig)
+    """Held-out documents, for the loss by position and as haystacks."""
+
+
+@dataclass(frozen=True)
+class FullLayers:
+    """Layers that stay on full attention inside a MoBA stage."""
+
+    first: int = 0
+    """The first n layers."""
+    last: int = 0
+    """The last n layers."""
+    every: int = 0
+    """Every n-th layer (n, 2n, ... counted from 1); 0 = none."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of the schedule. Stages follow one another without a restart."""
+
+    name: str = "stage"
+    """Shown in the log, the metrics and the report; unique."""
+    tokens: int = 0
+    """Length of the stage in tokens; a multiple of tokens_per_step."""
+    tokens_per_step: int = 0
+    """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
+    seq_len: int = 0
+    """Tokens of one packed row (over all CP ranks)."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Share of rows by source name; normalised to sum 1."""
+    attention: Literal["moba", "full"] = "moba"
+    """Attention of every layer that full_layers does not name."""
+    chunk_size: int = 512
+    """MoBA chunk size."""
+    topk: int = 3
+    """Chunks that a query attends to, its own included."""
+    select: Literal["head", "group"] = "head"
+    """One pick per query head, or one per key/value head."""
+    full_layers: FullLayers = field(default_factory=FullLayers)
+    """Layers on full attention although the stage is MoBA."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Position embedding of this stage."""
+    lr: float | Literal["inherit"] = "inherit"
+    """Peak learning rate of this stage; inherit = optimizer.lr."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation inside the loop."""
+
+    every_steps: int = 0
+    """0 = only at the end of each stage."""
+    rows: int = 4
+    """Held-out rows per evaluation."""
+    buckets: int = 8
+    """Position buckets of the loss-by-position curve."""
+
+
+@dataclass(frozen=True)
+class NiahConfig:
+    """Needle in a haystack: the grid of `moba-train eval niah`, and a small one inside the loop."""
+
+    lengths: tuple[int, ...] = (256, 512, 1024)
+    """Context lengths in tokens, exact."""
+    depths: int = 6
+    """Number of depths, evenly spaced from 0 % to 100 %."""
+    samples: int = 8
+    """Samples per cell."""
+    every_steps: int = 0
+    """Inside the loop: 0 = only at the end of each stage; the loop uses loop_samples per cell and the middle depths."""
+    loop_samples: int = 2
+    """Samples per cell inside the loop; 0 = no needle evaluation in the loop."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep. The last checkpoint and the end of every stage are always kept."""
+
+    every_steps: int = 100
+    """0 = only at the end of each stage."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """What concerns the run as a whole."""
+
+    dir: str = "runs/default"
+    """Run folder: config.toml, metrics.jsonl, tensorboard/, checkpoints/, report.html."""
+    seed: int = 1234
+    """Seed of initial weights and data order."""
+    log_every: int = 10
+    """Steps between log lines."""
+    max_bad_steps: int = 3
+    """Consecutive steps with a NaN or infinite loss after which the run saves and stops."""
+    stop_after_steps: int = 0
+    """Save and stop cleanly after this many steps of this process; 0 = never (tests and the demo use it)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole tree. `cli` takes it apart once; below it every function receives its own part."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[StageConfig, ...] = ()
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    niah: NiahConfig = field(default_factory=NiahConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
