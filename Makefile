@@ -1,0 +1,63 @@
+# Every target sets itself up. `make` alone lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Without an NVIDIA driver the pinned CPU set is installed; with one, pip resolves the ranges of pyproject.toml.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+CONSTRAINTS := $(if $(filter 0,$(GPUS)),-c constraints-cpu.txt,)
+# The demo shards each row over two context-parallel ranks; a machine with a single GPU runs it on one.
+DEMO_RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
+DEMO_RUN ?= runs/demo
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node
+
+# One thread a rank: with two ranks on two cores, more threads only wait for one another. The environment may say otherwise.
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints-cpu.txt
+	@echo "Setting up $(VENV) (a minute or two the first time) ..."
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+.PHONY: setup
+setup: $(READY) ## Make .venv and install the project into it
+
+.PHONY: test
+test: $(READY) ## Run the test suite (CPU, many-rank tests included)
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+.PHONY: test-slow
+test-slow: $(READY) ## Run the tests that take minutes
+	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+
+.PHONY: lint
+lint: $(READY) ## Ruff, the import rule, and mypy on the strict modules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/mypy
+
+.PHONY: smoke
+smoke: $(READY) ## A whole run in under a minute on one process: prepare, train, report
+	@$(BIN)/moba-train prep stdlib --out data/smoke --vocab-size 1024 --max-mib 1 --needles 64:512
+	@$(BIN)/moba-train train configs/smoke.toml --resume auto
+	@$(BIN)/moba-train report runs/smoke
+
+.PHONY: demo
+demo: $(READY) ## Prepare, train on 2 ranks, stop, resume, find the needle, report (about 12 minutes on 2 cores)
+	@launch/demo.sh "$(BIN)" "$(DEMO_RANKS)" "$(DEMO_RUN)"
+
+.PHONY: clean
+clean: ## Remove the virtual environment, prepared data and runs
+	rm -rf $(VENV) data/demo data/smoke runs
