@@ -1,0 +1,1 @@
+"""Attention over the keys at hand: forward and backward, Full or MoBA."""

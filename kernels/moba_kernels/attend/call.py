@@ -1,0 +1,27 @@
+"""The arguments of one attention call that every backend shares, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pack import Pack
+from ..routing import Routing
+
+
+@dataclass(frozen=True)
+class AttendCall:
+    """What to attend to: the pack, the positions at hand (None = all tokens), the routing (None = Full), the scale."""
+
+    pack: Pack
+    q_positions: Tensor | None
+    k_positions: Tensor | None
+    routing: Routing | None
+    scale: float
+
+
+def accumulate_dtype(q: Tensor) -> torch.dtype:
+    """fp64 inputs stay fp64 throughout (so that gradcheck works); everything else accumulates and publishes fp32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

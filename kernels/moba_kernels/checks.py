@@ -1,0 +1,85 @@
+"""Argument checks. They read shapes, dtypes, devices and host integers only, never a device tensor's values.
+
+Shape letters: T query tokens, S key tokens, H query heads, K key/value heads, D head dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import bad_argument
+from .pack import Pack
+from .routing import Routing
+from .spec import AttentionSpec, Full, MoBA
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_spec(spec: AttentionSpec) -> None:
+    if not isinstance(spec, Full | MoBA):
+        raise bad_argument("spec must be Full() or MoBA(...)", repr(spec), "pass moba_kernels.Full() or MoBA(512, 4)")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """q [T,H,D], k [S,K,D], v [S,K,Dv] or None: dims, dtypes, devices and head counts agree."""
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if x.dim() != 3:
+            raise bad_argument(
+                f"{name} must be [tokens, heads, dim]", tuple(x.shape), "drop the batch dim: one packed row"
+            )
+        if x.dtype not in FLOATS:
+            raise bad_argument(f"{name} must be a float tensor", x.dtype, "pass bf16, fp16, fp32 or fp64")
+        if x.dtype != q.dtype:
+            raise bad_argument(f"{name} must have q's dtype {q.dtype}", x.dtype, "cast q, k and v alike")
+        if x.device != q.device:
+            raise bad_argument(f"{name} must lie on q's device {q.device}", x.device, "move q, k and v to one device")
+    if k.shape[2] != q.shape[2]:
+        raise bad_argument(
+            "k must have q's head dim", f"k {tuple(k.shape)}, q {tuple(q.shape)}", "make k.shape[2] == q.shape[2]"
+        )
+    if v is not None and v.shape[:2] != k.shape[:2]:
+        got = f"v {tuple(v.shape)}, k {tuple(k.shape)}"
+        raise bad_argument("v must have k's tokens and heads", got, "only the last dim of v may differ")
+    check_heads(q.shape[1], k.shape[1])
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        got = f"{num_heads} query heads, {num_kv_heads} KV heads"
+        raise bad_argument("query heads must be a multiple of KV heads", got, "make H % K == 0")
+
+
+def check_positions(name: str, positions: Tensor | None, num_rows: int, pack: Pack) -> None:
+    """Shape and dtype; that positions ascend is checked where they already lie on the host."""
+    fix = f"pass {name}_positions: ascending global token indices, one a row of {name}; None = all tokens of the pack"
+    if positions is None:
+        if num_rows != pack.num_tokens:
+            raise bad_argument(f"{name} must hold all {pack.num_tokens} tokens of the pack", num_rows, fix)
+        return
+    if positions.dtype != torch.int64 or positions.dim() != 1 or positions.numel() != num_rows:
+        got = f"{positions.dtype} {tuple(positions.shape)}"
+        raise bad_argument(f"{name}_positions must be int64 [{num_rows}]", got, fix)
+    if positions.device.type == "cpu" and num_rows:
+        low, high = int(positions[0]), int(positions[-1])
+        if low < 0 or high >= pack.num_tokens or bool((positions[1:] <= positions[:-1]).any()):
+            raise bad_argument(f"{name}_positions must ascend within 0..{pack.num_tokens - 1}", positions, fix)
+
+
+def check_routing(routing: Routing, spec: AttentionSpec, pack: Pack, q: Tensor, num_kv_heads: int) -> None:
+    """A routing that was handed in must have been made under this spec and pack, for these queries."""
+    if not isinstance(spec, MoBA):
+        raise bad_argument("routing goes with MoBA only", repr(spec), "leave routing=None under Full()")
+    if routing.spec != spec:
+        raise bad_argument(f"routing was made under {routing.spec}", f"spec {spec}", "route again under this spec")
+    if routing.pack is not pack and routing.pack != pack:
+        raise bad_argument(f"routing was made for {routing.pack}", pack, "route again for this row")
+    expected = (q.shape[0], spec.routed_heads(q.shape[1], num_kv_heads))
+    got = (routing.num_queries, routing.num_routed_heads)
+    if got != expected:
+        raise bad_argument(
+            f"routing must cover {expected} (queries, heads)", got, "use Routing.select for a part of it"
+        )
+    if routing.stored.device != q.device:
+        raise bad_argument(f"routing must lie on q's device {q.device}", routing.stored.device, "route on that device")

@@ -1,0 +1,156 @@
+"""One packed row: its documents and, per chunk size, its chunk geometry. Host integers first, device copies on demand.
+
+Shape letters: T tokens of the row, C chunks. Chunk ids count over the row: document after document, in order; an empty
+document has no chunk, and no chunk crosses a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .errors import bad_argument
+from .spec import AttentionSpec, Full
+
+IntArray = npt.NDArray[np.int64]
+
+
+class ChunkTensors(NamedTuple):
+    """Device copies of a ChunkGeometry, all int64."""
+
+    start_C: Tensor
+    end_C: Tensor
+    doc_C: Tensor
+    first_chunk_of_doc: Tensor
+    chunk_of_token_T: Tensor
+
+
+class ChunkGeometry:
+    """Where the chunks of a pack lie for one chunk_size. Built by `Pack.chunks`, never by hand."""
+
+    def __init__(self, cu_seqlens: IntArray, chunk_size: int) -> None:
+        lengths = np.diff(cu_seqlens)
+        chunks_of_doc = -(-lengths // chunk_size)
+        self.chunk_size = chunk_size
+        self.first_chunk_of_doc: IntArray = np.concatenate(([0], np.cumsum(chunks_of_doc))).astype(np.int64)
+        """[documents + 1]: chunks of document d are first_chunk_of_doc[d] .. first_chunk_of_doc[d + 1] - 1."""
+        self.num_chunks = int(self.first_chunk_of_doc[-1])
+        self.doc_C: IntArray = np.repeat(np.arange(len(lengths), dtype=np.int64), chunks_of_doc)
+        index_in_doc = np.arange(self.num_chunks, dtype=np.int64) - self.first_chunk_of_doc[self.doc_C]
+        self.start_C: IntArray = cu_seqlens[self.doc_C] + index_in_doc * chunk_size
+        self.end_C: IntArray = np.minimum(self.start_C + chunk_size, cu_seqlens[self.doc_C + 1])
+        self.max_chunks_of_doc = int(chunks_of_doc.max(initial=0))
+        self._on_device: dict[torch.device, ChunkTensors] = {}
+
+    @property
+    def chunk_of_token_T(self) -> IntArray:
+        """[T] the chunk that each token lies in."""
+        return np.repeat(np.arange(self.num_chunks, dtype=np.int64), self.end_C - self.start_C)
+
+    def tensors(self, device: torch.device | str) -> ChunkTensors:
+        """Copies on `device`, made once and kept on this object."""
+        device = torch.device(device)
+        if device not in self._on_device:
+            arrays = (self.start_C, self.end_C, self.doc_C, self.first_chunk_of_doc, self.chunk_of_token_T)
+            self._on_device[device] = ChunkTensors(*(torch.from_numpy(array).to(device) for array in arrays))
+        return self._on_device[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_on_device": {}}
+
+
+class Pack:
+    """The documents of one packed row.
+
+    Args:
+        cu_seqlens: [documents + 1] cumulative lengths: starts at 0, never falls; equal neighbours are an empty document.
+            A sequence of ints or an integer tensor. It is copied: editing the source later changes nothing here.
+
+    Raises ValueError when it is empty, not integer, does not start at 0 or falls.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int] | Tensor) -> None:
+        fix = "pass the running sums of the document lengths, e.g. [0, 128, 300] for documents of 128 and 172 tokens"
+        raw = cu_seqlens.detach().cpu().numpy() if isinstance(cu_seqlens, Tensor) else np.asarray(cu_seqlens)
+        if raw.ndim != 1 or raw.size == 0 or not np.issubdtype(raw.dtype, np.integer):
+            got = f"shape {tuple(raw.shape)}, dtype {raw.dtype}"
+            raise bad_argument("cu_seqlens must be a non-empty 1-D sequence of integers", got, fix)
+        bounds = raw.astype(np.int64)  # always a copy
+        if bounds[0] != 0:
+            raise bad_argument("cu_seqlens must start at 0", f"cu_seqlens[0] = {bounds[0]}", fix)
+        falls = np.flatnonzero(np.diff(bounds) < 0)
+        if falls.size:
+            i = int(falls[0])
+            raise bad_argument(
+                "cu_seqlens must not fall", f"cu_seqlens[{i}:{i + 2}] = {bounds[i : i + 2].tolist()}", fix
+            )
+        self.cu_seqlens: tuple[int, ...] = tuple(bounds.tolist())
+        self.bounds: IntArray = bounds
+        """cu_seqlens as a numpy array; do not write to it."""
+        bounds.setflags(write=False)
+        self._chunks: dict[int, ChunkGeometry] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens[-1]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def chunks(self, chunk_size: int) -> ChunkGeometry:
+        """The chunk geometry for `chunk_size`, computed once and kept on this object."""
+        if chunk_size not in self._chunks:
+            if chunk_size < 1:
+                raise bad_argument("chunk_size must be >= 1", chunk_size, "pass chunk_size >= 1")
+            self._chunks[chunk_size] = ChunkGeometry(self.bounds, chunk_size)
+        return self._chunks[chunk_size]
+
+    def planned_pairs(self, spec: AttentionSpec) -> int:
+        """(query, key) pairs that one query head attends to under `spec`, in closed form.
+
+        A query at offset o of its chunk, with c chunks before it, attends to o + 1 + min(topk - 1, c) * chunk_size keys.
+        """
+        lengths = np.diff(self.bounds)
+        if isinstance(spec, Full):
+            return int((lengths * (lengths + 1) // 2).sum())
+        size, picks = spec.chunk_size, spec.num_picks
+        whole, tail = lengths // size, lengths % size
+        own = whole * (size * (size + 1) // 2) + tail * (tail + 1) // 2
+        growing = np.minimum(whole, picks + 1)  # chunks 0 .. picks see all chunks before them, the rest see `picks`
+        picked_by_whole = growing * (growing - 1) // 2 + (whole - growing) * picks
+        picked = picked_by_whole * size * size + tail * np.minimum(whole, picks) * size
+        return int((own + picked).sum())
+
+    def density(self, spec: AttentionSpec) -> float:
+        """Attended pairs divided by causal pairs; 1.0 for Full and for an empty row."""
+        causal = self.planned_pairs(Full())
+        return self.planned_pairs(spec) / causal if causal else 1.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pack) and self.cu_seqlens == other.cu_seqlens
+
+    def __hash__(self) -> int:
+        return hash(self.cu_seqlens)
+
+    def __repr__(self) -> str:
+        return f"Pack(num_tokens={self.num_tokens}, num_documents={self.num_documents})"
+
+
+def pack_of(cu_seqlens: Pack | Sequence[int] | Tensor | None, num_tokens: int) -> Pack:
+    """The Pack of a call: given, built from cu_seqlens, or one document. ValueError when it does not end at num_tokens."""
+    if cu_seqlens is None:
+        return Pack([0, num_tokens] if num_tokens else [0])
+    pack = cu_seqlens if isinstance(cu_seqlens, Pack) else Pack(cu_seqlens)
+    if pack.num_tokens != num_tokens:
+        fix = "cu_seqlens[-1] must equal the number of tokens of q, k and v"
+        raise bad_argument(f"cu_seqlens must end at {num_tokens}", pack.num_tokens, fix)
+    return pack
+
+
+__all__ = ["ChunkGeometry", "ChunkTensors", "Pack", "pack_of"]

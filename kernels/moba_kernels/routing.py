@@ -1,0 +1,199 @@
+"""Routing: which chunks each query picked. Picks only; the own chunk follows from the position.
+
+Shape letters: T queries at hand, R routing heads (H for select="head", K for "group"), P stored picks (<= topk - 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import bad_argument
+from .pack import Pack
+from .spec import MoBA
+
+NONE_UINT16 = 65535
+
+
+def stored_picks(spec: MoBA, pack: Pack) -> int:
+    """P: picks that any query of this pack can have; slots beyond it would always be empty."""
+    return max(0, min(spec.num_picks, pack.chunks(spec.chunk_size).max_chunks_of_doc - 1))
+
+
+class Routing:
+    """The picks of the queries at hand.
+
+    Args:
+        picks_TRP: [T,R,P] chunk ids by falling gate score, -1 = none (any integer dtype; stored as uint16 while ids fit).
+        spec, pack: what they were picked under.
+        q_positions: [T] ascending global token indices of the queries; None = all tokens of the pack.
+    """
+
+    def __init__(self, picks_TRP: Tensor, spec: MoBA, pack: Pack, q_positions: Tensor | None = None) -> None:
+        if picks_TRP.dim() != 3:
+            raise bad_argument("picks must be [T,R,P]", tuple(picks_TRP.shape), "see Routing.from_chunk_ids")
+        expected = pack.num_tokens if q_positions is None else q_positions.numel()
+        if picks_TRP.shape[0] != expected:
+            fix = "pass q_positions with one entry a row"
+            raise bad_argument(f"picks must have {expected} rows", picks_TRP.shape[0], fix)
+        self.spec = spec
+        self.pack = pack
+        self.q_positions = q_positions
+        narrow = pack.chunks(spec.chunk_size).num_chunks < NONE_UINT16
+        if picks_TRP.dtype == torch.uint16:
+            self._stored = picks_TRP
+        elif narrow:  # -1 wraps to 65535; int16 is the step that all devices can narrow to
+            self._stored = picks_TRP.to(torch.int16).view(torch.uint16)
+        else:
+            self._stored = picks_TRP.to(torch.int32)
+
+    @property
+    def stored(self) -> Tensor:
+        """[T,R,P] as kept: uint16 with 65535 = none, or int32 with -1 = none."""
+        return self._stored
+
+    @property
+    def num_queries(self) -> int:
+        return int(self._stored.shape[0])
+
+    @property
+    def num_routed_heads(self) -> int:
+        return int(self._stored.shape[1])
+
+    @property
+    def picks(self) -> Tensor:
+        """[T,R,P] int32, -1 = none."""
+        if self._stored.dtype != torch.uint16:
+            return self._stored
+        # int16 view keeps -1 = none; ids above 32767 come back as negative numbers below -1
+        signed = self._stored.view(torch.int16).to(torch.int32)
+        return torch.where(signed < -1, signed + 65536, signed)
+
+    def picks_of_heads(self, num_heads: int) -> Tensor:
+        """[T,H,P] int32: under select="group" every query head of a KV head repeats the group's picks."""
+        return self.picks.repeat_interleave(num_heads // max(1, self.num_routed_heads), dim=1)
+
+    @property
+    def own_chunks(self) -> Tensor:
+        """[T] int64: the chunk of each query."""
+        own = self.pack.chunks(self.spec.chunk_size).tensors(self._stored.device).chunk_of_token_T
+        return own if self.q_positions is None else own[self.q_positions.to(own.device)]
+
+    @property
+    def chunk_ids(self) -> Tensor:
+        """[T,R,topk] int32: slot 0 the own chunk, then picks by falling gate score, -1 = none."""
+        num_queries, num_heads, kept = self._stored.shape
+        ids = torch.full((num_queries, num_heads, self.spec.topk), -1, dtype=torch.int32, device=self._stored.device)
+        ids[:, :, 0] = self.own_chunks.to(torch.int32)[:, None]
+        ids[:, :, 1 : 1 + kept] = self.picks
+        return ids
+
+    def select(self, rows: Tensor) -> Routing:
+        """The routing of some of the queries at hand; rows: [n] ascending int64 indices into them."""
+        device = self._stored.device
+        positions = rows.to(device) if self.q_positions is None else self.q_positions[rows.to(self.q_positions.device)]
+        picks = (
+            self._stored.view(torch.int16)[rows.to(device)].view(torch.uint16)
+            if self._narrow
+            else (self._stored[rows.to(device)])
+        )
+        return Routing(picks, self.spec, self.pack, positions)
+
+    @property
+    def _narrow(self) -> bool:
+        return self._stored.dtype == torch.uint16
+
+    def equals(self, other: Routing) -> bool:
+        """Same queries and the same picks in the same order. Reads the device."""
+        return self.chunk_ids.shape == other.chunk_ids.shape and bool(torch.equal(self.chunk_ids, other.chunk_ids))
+
+    @classmethod
+    def from_chunk_ids(
+        cls,
+        chunk_ids: Tensor,
+        spec: MoBA,
+        pack: Pack,
+        q_positions: Tensor | None = None,
+        *,
+        validate: bool = False,
+    ) -> Routing:
+        """A forced routing from ids laid out as `chunk_ids`: [T,R,<=topk], slot 0 the own chunk, -1 = none.
+
+        validate=True reads the device and raises ValueError when slot 0 is not the own chunk, or a pick lies in another
+        document, not before the own chunk, or stands twice.
+        """
+        if chunk_ids.dim() != 3 or not 1 <= chunk_ids.shape[2] <= spec.topk:
+            fix = "pass ids laid out as Routing.chunk_ids"
+            raise bad_argument(f"chunk_ids must be [T,R,1..{spec.topk}]", tuple(chunk_ids.shape), fix)
+        routing = cls(chunk_ids[:, :, 1:], spec, pack, q_positions)
+        if validate:
+            _validate(chunk_ids, routing)
+        return routing
+
+
+def _validate(chunk_ids: Tensor, routing: Routing) -> None:
+    geometry = routing.pack.chunks(routing.spec.chunk_size).tensors(chunk_ids.device)
+    own_T = routing.own_chunks.to(chunk_ids.device)
+    first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
+    picks = chunk_ids[:, :, 1:].long()
+    none = picks == -1
+    ordered = picks.sort(-1).values
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)
+    inside = (picks >= first_T[:, None, None]) & (picks < own_T[:, None, None])
+    fix = "pick chunks of the query's own document that end before its own chunk begins, each once"
+    if bool((chunk_ids[:, :, 0].long() != own_T[:, None]).any()):
+        raise bad_argument("slot 0 of chunk_ids must be the own chunk", "another chunk", fix)
+    if bool((~inside & ~none).any()):
+        raise bad_argument("a pick is not a candidate", picks[~inside & ~none][:4].tolist(), fix)
+    if bool(repeated.any()):
+        raise bad_argument("a chunk is picked twice by one query", ordered[..., 1:][repeated][:4].tolist(), fix)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele et al., 2014) on wrapping int64; shifts are made logical by masking."""
+    state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return state ^ ((state >> 31) & 0x1FFFFFFFF)
+
+
+def _wrapped(value: int) -> int:
+    """`value` modulo 2^64 as a signed 64-bit integer."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def random_routing(
+    spec: MoBA,
+    *,
+    pack: Pack,
+    num_heads: int,
+    num_kv_heads: int,
+    q_positions: Tensor | None = None,
+    seed: int,
+    device: torch.device | str,
+) -> Routing:
+    """A control experiment: as many picks as MoBA would make, uniform over the candidates, without replacement.
+
+    A pure function of (seed, global query position, head): any sharding of the queries gives the same picks.
+    Floyd's subset sampling (Bentley, CACM 30(9), 1987): for j = n-P .. n-1 draw r <= j, take r, or j when r is taken.
+    Returns a Routing of [T,R,P] picks on `device`.
+    """
+    device = torch.device(device)
+    geometry = pack.chunks(spec.chunk_size).tensors(device)
+    token_T = torch.arange(pack.num_tokens, device=device) if q_positions is None else q_positions.to(device).long()
+    own_T = geometry.chunk_of_token_T[token_T]
+    first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]] if own_T.numel() else own_T
+    routed, kept = spec.routed_heads(num_heads, num_kv_heads), stored_picks(spec, pack)
+    candidates_T1 = (own_T - first_T)[:, None]
+    head_R = torch.arange(routed, device=device)
+    stream_TR = _mix(_mix(_mix(token_T.new_full((1, 1), _wrapped(seed))) + token_T[:, None]) + head_R)
+    picks = torch.full((token_T.numel(), routed, kept), -1, dtype=torch.int64, device=device)
+    for i in range(kept):
+        upper_T1 = candidates_T1 - kept + i  # j of Floyd's algorithm where there are more candidates than picks
+        draw = (_mix(stream_TR + _wrapped((i + 1) * 0x9E3779B97F4A7C15)) >> 32) & 0x7FFFFFFF
+        drawn = (draw * (upper_T1 + 1).clamp_min(1)) >> 31
+        taken = (picks[:, :, :i] == drawn[:, :, None]).any(-1)
+        sampled = torch.where(taken, upper_T1, drawn)
+        every = torch.where(candidates_T1 > i, candidates_T1 - 1 - i, -1)
+        picks[:, :, i] = torch.where(candidates_T1 > kept, sampled, every)
+    picks = torch.where(picks >= 0, picks + first_T[:, None, None], picks)
+    return Routing(picks, spec, pack, q_positions)
