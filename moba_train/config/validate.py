@@ -1,0 +1,373 @@
+"""Rules that span fields. `validate` reports every broken rule at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from moba_train.config.schema import (
+    ModelConfig,
+    NiahConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeConfig,
+    RunConfig,
+    StageConfig,
+)
+from moba_train.errors import ConfigError, ConfigErrors
+
+# Shortest needle sample: needle, question and answer take about thirty tokens, and some haystack must be left.
+_SHORTEST_NIAH = 48
+
+
+def validate(config: RunConfig) -> None:
+    """Check every rule that needs no file and no device; ConfigError (or ConfigErrors) when one is broken."""
+    raise_all(list(find_errors(config)))
+
+
+def find_errors(config: RunConfig) -> Iterator[ConfigError]:
+    """Every broken rule, in the order of the file."""
+    yield from _finite(config, "")
+    yield from _run(config)
+    yield from _model(config.model)
+    yield from _parallel(config)
+    yield from _optimizer(config.optimizer, total_tokens=sum(stage.tokens for stage in config.stages))
+    yield from _data(config)
+    yield from _stages(config)
+    yield from _evaluation(config)
+    yield from _niah(config.niah)
+
+
+def raise_all(errors: Sequence[ConfigError], *, source: str = "") -> None:
+    """Raise nothing, the one error, or all of them together; `source` goes in front of every `where`."""
+    if source:
+        errors = [_with_source(error, source) for error in errors]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Data-parallel degree of a job of `world_size` ranks.
+
+    Raises:
+        ConfigError: world_size != tp * cp * pp * dp (dp = "auto": world_size is no multiple of tp * cp * pp).
+    """
+    ranks_per_replica = parallel.tp * parallel.cp * parallel.pp
+    mesh = f"tp {parallel.tp} * cp {parallel.cp} * pp {parallel.pp} * dp {parallel.dp}"
+    if parallel.dp == "auto":
+        if world_size >= ranks_per_replica and world_size % ranks_per_replica == 0:
+            return world_size // ranks_per_replica
+        raise ConfigError(
+            "the number of ranks does not fit the mesh",
+            where="parallel",
+            got=f"{world_size} ranks for {mesh}",
+            allowed=f"a multiple of {ranks_per_replica} ranks",
+            fix=f"start {ranks_per_replica} ranks (torchrun --nproc-per-node {ranks_per_replica} -m moba_train ...) "
+            f"or change the degrees (--parallel.cp {world_size})",
+        )
+    wanted = ranks_per_replica * parallel.dp
+    if world_size != wanted:
+        raise ConfigError(
+            "the number of ranks does not fit the mesh",
+            where="parallel",
+            got=f"{world_size} ranks for {mesh} = {wanted}",
+            allowed=f"exactly {wanted} ranks",
+            fix=f'start {wanted} ranks (torchrun --nproc-per-node {wanted} -m moba_train ...), or set dp = "auto"',
+        )
+    return parallel.dp
+
+
+def check_rows_per_step(stages: Sequence[StageConfig], dp: int) -> None:
+    """Every data-parallel rank takes the same number of rows of a step; ConfigError where that cannot be."""
+    raise_all(list(_rows_per_step(stages, dp)))
+
+
+def _with_source(error: ConfigError, source: str) -> ConfigError:
+    where = f"{source}: {error.where}" if error.where and error.where != source else source
+    return ConfigError(error.what, where=where, got=error.got, allowed=error.allowed, fix=error.fix)
+
+
+def _finite(tree: Any, path: str) -> Iterator[ConfigError]:
+    """TOML knows inf and nan; no field of ours does. NUL in a string would end a path early."""
+    if is_dataclass(tree):
+        for field in fields(tree):
+            yield from _finite(getattr(tree, field.name), f"{path}.{field.name}".lstrip("."))
+    elif isinstance(tree, dict):
+        for key, item in tree.items():
+            yield from _finite(item, f"{path}.{key}")
+    elif isinstance(tree, tuple):
+        for i, item in enumerate(tree):
+            yield from _finite(item, f"{path}.{i}")
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        yield ConfigError("the number must be finite", where=path, got=tree, fix="write a finite number")
+    elif isinstance(tree, str) and "\0" in tree:
+        yield ConfigError("the string contains a NUL character", where=path, got=repr(tree), fix="remove it")
+
+
+def _at_least(value: float, low: float, where: str, fix: str = "") -> Iterator[ConfigError]:
+    if value < low:
+        name = where.rsplit(".", 1)[-1]
+        yield ConfigError(
+            f"{name} must be at least {low}", where=where, got=value, allowed=f">= {low}", fix=fix or f"raise {name}"
+        )
+
+
+def _divides(value: int, divisor: int, where: str, by: str, fix: str) -> Iterator[ConfigError]:
+    if value >= 1 and divisor >= 1 and value % divisor:
+        name = where.rsplit(".", 1)[-1]
+        yield ConfigError(
+            f"{name} must be a multiple of {by}",
+            where=where,
+            got=value,
+            allowed=f"multiples of {divisor} ({by})",
+            fix=fix,
+        )
+
+
+def _run(config: RunConfig) -> Iterator[ConfigError]:
+    run = config.run
+    if not run.dir.strip():
+        yield ConfigError("the run folder has no name", where="run.dir", got='""', fix="pass --run-dir PATH")
+    yield from _at_least(run.seed, 0, "run.seed")
+    yield from _at_least(run.log_every, 1, "run.log_every")
+    yield from _at_least(run.max_bad_steps, 1, "run.max_bad_steps")
+    yield from _at_least(run.stop_after_steps, 0, "run.stop_after_steps")
+    yield from _at_least(config.checkpoint.every_steps, 0, "checkpoint.every_steps")
+    yield from _at_least(config.checkpoint.keep_last, 1, "checkpoint.keep_last")
+    if config.engine.timeout_s <= 0:
+        yield ConfigError("the timeout must be positive", where="engine.timeout_s", got=config.engine.timeout_s)
+
+
+def _model(model: ModelConfig) -> Iterator[ConfigError]:
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "vocab_size",
+    ):
+        yield from _at_least(getattr(model, name), 1, f"model.{name}")
+    fix = "each key/value head serves the same number of query heads"
+    yield from _divides(model.num_heads, model.num_kv_heads, "model.num_heads", "model.num_kv_heads", fix)
+    yield from _divides(model.head_dim, 2, "model.head_dim", "2", "RoPE rotates pairs of dimensions")
+    if not model.norm_eps > 0:
+        yield ConfigError("norm_eps must be positive", where="model.norm_eps", got=model.norm_eps, allowed="> 0")
+    if not model.init_std > 0:
+        yield ConfigError("init_std must be positive", where="model.init_std", got=model.init_std, allowed="> 0")
+
+
+def _parallel(config: RunConfig) -> Iterator[ConfigError]:
+    model, parallel = config.model, config.parallel
+    for name in ("tp", "cp", "pp"):
+        yield from _at_least(getattr(parallel, name), 1, f"parallel.{name}")
+    if parallel.dp != "auto":
+        yield from _at_least(parallel.dp, 1, "parallel.dp")
+        yield from _rows_per_step(config.stages, parallel.dp)
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
+        fix = f"change {name} or lower parallel.tp"
+        yield from _divides(getattr(model, name), parallel.tp, f"model.{name}", "parallel.tp", fix)
+    fix = "change num_layers or parallel.pp"
+    yield from _divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
+
+
+def _rows_per_step(stages: Sequence[StageConfig], dp: int) -> Iterator[ConfigError]:
+    for i, stage in enumerate(stages):
+        if dp >= 1 and stage.seq_len >= 1 and stage.tokens_per_step >= 1 and stage.tokens_per_step % stage.seq_len == 0:
+            rows = stage.tokens_per_step // stage.seq_len
+            if rows % dp:
+                yield ConfigError(
+                    "the rows of a step cannot be shared evenly by the data-parallel ranks",
+                    where=f"stages.{i}.tokens_per_step",
+                    got=f"{stage.tokens_per_step} tokens = {rows} rows of {stage.seq_len} for dp {dp}",
+                    allowed=f"multiples of {dp * stage.seq_len} (dp * seq_len)",
+                    fix="change tokens_per_step, or use more context-parallel and fewer data-parallel ranks",
+                )
+
+
+def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[ConfigError]:
+    if not optimizer.lr > 0:
+        yield ConfigError("the learning rate must be positive", where="optimizer.lr", got=optimizer.lr, allowed="> 0")
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        if not 0 <= value < 1:
+            yield ConfigError(f"{name} is out of range", where=f"optimizer.{name}", got=value, allowed="0 <= beta < 1")
+    if not 0 <= optimizer.min_lr_ratio <= 1:
+        where = "optimizer.min_lr_ratio"
+        yield ConfigError("min_lr_ratio is out of range", where=where, got=optimizer.min_lr_ratio, allowed="0 to 1")
+    if not optimizer.eps > 0:
+        yield ConfigError("eps must be positive", where="optimizer.eps", got=optimizer.eps, allowed="> 0")
+    for name in ("weight_decay", "clip_grad", "warmup_tokens", "decay_tokens"):
+        yield from _at_least(getattr(optimizer, name), 0, f"optimizer.{name}")
+    if optimizer.warmup_tokens + optimizer.decay_tokens > total_tokens > 0:
+        yield ConfigError(
+            "warm-up and decay are longer than the run",
+            where="optimizer.warmup_tokens",
+            got=f"{optimizer.warmup_tokens} + {optimizer.decay_tokens} tokens",
+            allowed=f"together at most {total_tokens} tokens, the sum over the stages",
+            fix="shorten warmup_tokens or decay_tokens",
+        )
+    if optimizer.schedule == "wsd" and optimizer.decay_tokens == 0:
+        yield ConfigError(
+            'schedule "wsd" needs a decay',
+            where="optimizer.decay_tokens",
+            got=0,
+            allowed=">= 1",
+            fix="set decay_tokens, for instance to a tenth of the run",
+        )
+    if optimizer.schedule == "cosine" and optimizer.decay_tokens > 0:
+        yield ConfigError(
+            "decay_tokens has no meaning in a cosine schedule",
+            where="optimizer.decay_tokens",
+            got=optimizer.decay_tokens,
+            allowed="0",
+            fix='remove it, or set schedule = "wsd"',
+        )
+
+
+def _data(config: RunConfig) -> Iterator[ConfigError]:
+    data = config.data
+    if not data.tokenizer.strip():
+        fix = "run `moba-train prep` and name the tokenizer.model that it wrote"
+        yield ConfigError("no tokenizer is given", where="data.tokenizer", got='""', fix=fix)
+    if not data.sources:
+        fix = "add a table [data.sources.NAME] with the path prefix of a .bin/.idx pair"
+        yield ConfigError("there is no training source", where="data.sources", got="{}", fix=fix)
+    for name, source in (*((f"sources.{key}", item) for key, item in data.sources.items()), ("valid", data.valid)):
+        where = f"data.{name}"
+        if not source.path.strip():
+            fix = "give the path prefix of a .bin/.idx pair"
+            yield ConfigError("the source has no path", where=f"{where}.path", got='""', fix=fix)
+        elif source.path.endswith((".bin", ".idx")):
+            fix = f'write "{source.path[:-4]}"'
+            yield ConfigError("a source is named without its ending", where=f"{where}.path", got=source.path, fix=fix)
+        yield from _at_least(source.min_doc_tokens, 0, f"{where}.min_doc_tokens")
+
+
+def _stages(config: RunConfig) -> Iterator[ConfigError]:
+    if not config.stages:
+        fix = "add a [[stages]] table with name, tokens, tokens_per_step, seq_len and mix"
+        yield ConfigError("the schedule has no stage", where="stages", got="[]", fix=fix)
+    seen: dict[str, int] = {}
+    for i, stage in enumerate(config.stages):
+        first = seen.setdefault(stage.name, i)
+        if first != i:
+            yield ConfigError(
+                "two stages have the same name",
+                where=f"stages.{i}.name",
+                got=f'"{stage.name}", as stages.{first}',
+                fix="name every stage differently",
+            )
+        yield from _stage(stage, f"stages.{i}", config)
+
+
+def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[ConfigError]:
+    if not stage.name.strip():
+        yield ConfigError("the stage has no name", where=f"{where}.name", got='""', fix="name it")
+    for name in ("tokens", "tokens_per_step", "seq_len", "chunk_size", "topk"):
+        yield from _at_least(getattr(stage, name), 1, f"{where}.{name}")
+    fix = "a stage consists of whole steps"
+    yield from _divides(stage.tokens, stage.tokens_per_step, f"{where}.tokens", "tokens_per_step", fix)
+    fix = "a step consists of whole rows"
+    yield from _divides(stage.tokens_per_step, stage.seq_len, f"{where}.tokens_per_step", "seq_len", fix)
+    if stage.attention == "moba" and stage.chunk_size > stage.seq_len >= 1:
+        yield ConfigError(
+            "chunk_size must not exceed seq_len",
+            where=f"{where}.chunk_size",
+            got=stage.chunk_size,
+            allowed=f"1 to {stage.seq_len} (seq_len)",
+            fix='choose smaller chunks, or attention = "full"',
+        )
+    if stage.lr != "inherit" and not stage.lr > 0:
+        yield ConfigError("the learning rate must be positive", where=f"{where}.lr", got=stage.lr, allowed="> 0")
+    layers = stage.full_layers
+    for name in ("first", "last", "every"):
+        yield from _at_least(getattr(layers, name), 0, f"{where}.full_layers.{name}")
+    if layers.first + layers.last > config.model.num_layers:
+        yield ConfigError(
+            "full_layers names more layers than the model has",
+            where=f"{where}.full_layers",
+            got=f"first {layers.first} + last {layers.last}",
+            allowed=f"at most {config.model.num_layers} (model.num_layers)",
+            fix='lower them, or set attention = "full"',
+        )
+    yield from _mix(stage, where, config)
+    yield from _rope(stage.rope, f"{where}.rope")
+
+
+def _mix(stage: StageConfig, where: str, config: RunConfig) -> Iterator[ConfigError]:
+    if not stage.mix:
+        yield ConfigError("the stage draws from no source", where=f"{where}.mix", got="{}", fix="name its sources")
+    for name, weight in stage.mix.items():
+        if name not in config.data.sources:
+            yield ConfigError(
+                "the mix names a source that does not exist",
+                where=f"{where}.mix.{name}",
+                got=name,
+                allowed=", ".join(config.data.sources) or "(no sources)",
+                fix=f"add [data.sources.{name}] or correct the name",
+            )
+        if not weight > 0:
+            yield ConfigError(
+                "a mix weight must be positive",
+                where=f"{where}.mix.{name}",
+                got=weight,
+                allowed="> 0",
+                fix="leave a source out of the mix to switch it off",
+            )
+
+
+def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:
+    if not rope.base > 1:
+        yield ConfigError("the RoPE base must exceed 1", where=f"{where}.base", got=rope.base, allowed="> 1")
+    if rope.factor < 1 or (rope.scaling == "none" and rope.factor != 1):
+        yield ConfigError(
+            "the RoPE factor does not fit its scaling",
+            where=f"{where}.factor",
+            got=f'{rope.factor} with scaling "{rope.scaling}"',
+            allowed='1.0 with scaling "none", >= 1 with linear, llama3 and yarn',
+            fix="set scaling, or remove factor",
+        )
+    yield from _at_least(rope.original_seq_len, 1, f"{where}.original_seq_len")
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if not 0 < getattr(rope, low) < getattr(rope, high):
+            yield ConfigError(
+                f"{low} must be positive and less than {high}",
+                where=f"{where}.{low}",
+                got=f"{low} {getattr(rope, low)}, {high} {getattr(rope, high)}",
+                fix="swap or correct them",
+            )
+
+
+def _evaluation(config: RunConfig) -> Iterator[ConfigError]:
+    yield from _at_least(config.eval.every_steps, 0, "eval.every_steps")
+    yield from _at_least(config.eval.rows, 1, "eval.rows")
+    yield from _at_least(config.eval.buckets, 1, "eval.buckets")
+    shortest = min((stage.seq_len for stage in config.stages), default=0)
+    if config.eval.buckets > shortest >= 1:
+        yield ConfigError(
+            "there are more position buckets than positions",
+            where="eval.buckets",
+            got=config.eval.buckets,
+            allowed=f"at most {shortest}, the shortest seq_len",
+            fix="lower eval.buckets",
+        )
+
+
+def _niah(niah: NiahConfig) -> Iterator[ConfigError]:
+    if not niah.lengths:
+        yield ConfigError("the grid has no length", where="niah.lengths", got="[]", fix="give at least one length")
+    for i, length in enumerate(niah.lengths):
+        fix = "needle, question and answer need that much room"
+        yield from _at_least(length, _SHORTEST_NIAH, f"niah.lengths.{i}", fix)
+        if length in niah.lengths[:i]:
+            yield ConfigError("a length stands twice", where=f"niah.lengths.{i}", got=length, fix="remove one")
+    yield from _at_least(niah.depths, 1, "niah.depths")
+    yield from _at_least(niah.samples, 1, "niah.samples")
+    yield from _at_least(niah.every_steps, 0, "niah.every_steps")
+    yield from _at_least(niah.loop_samples, 0, "niah.loop_samples")
