@@ -15,8 +15,8 @@ from .report import Partial
 def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
     """Attention over the union of two disjoint key sets, from the two partial results.
 
-    out [T,H,Dv], lse [T,H]; fp32 or fp64 only (bf16 partials spoil gradients at scale): ValueError otherwise. A row with
-    lse -inf on both sides gives 0 and -inf.
+    out [T,H,Dv], lse [T,H]; fp32 or fp64 only (bf16 partials spoil gradients at scale): ValueError otherwise. A row
+    with lse -inf on both sides gives 0 and -inf.
     """
     for tensor in (out_a, lse_a, out_b, lse_b):
         if tensor.dtype not in (torch.float32, torch.float64):

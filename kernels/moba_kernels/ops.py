@@ -245,7 +245,7 @@ def attend(
         routing = route(q, k, spec, cu_seqlens=pack, backend=backend)
     call, serve = _prepare(q, k, v, spec, pack, None, None, routing, softmax_scale, backend)
     tally = PairTally()
-    out, lse = _Attend.apply(q, k, v, call, serve, tally)
+    out, lse = _Attend.apply(q, k, v, call, serve, tally)  # type: ignore[no-untyped-call]
     report = ExecutionReport(serve.name, pack.planned_pairs(spec) * q.shape[1], tally)
     return AttendResult(out, lse, routing if return_routing else None, report)
 

@@ -68,7 +68,7 @@ class Pack:
     """The documents of one packed row.
 
     Args:
-        cu_seqlens: [documents + 1] cumulative lengths: starts at 0, never falls; equal neighbours are an empty document.
+        cu_seqlens: [documents + 1] cumulative lengths: starts at 0, never falls; equal neighbours = an empty document.
             A sequence of ints or an integer tensor. It is copied: editing the source later changes nothing here.
 
     Raises ValueError when it is empty, not integer, does not start at 0 or falls.
@@ -114,7 +114,7 @@ class Pack:
     def planned_pairs(self, spec: AttentionSpec) -> int:
         """(query, key) pairs that one query head attends to under `spec`, in closed form.
 
-        A query at offset o of its chunk, with c chunks before it, attends to o + 1 + min(topk - 1, c) * chunk_size keys.
+        A query at offset o of its chunk, c chunks before it, attends to o + 1 + min(topk - 1, c) * chunk_size keys.
         """
         lengths = np.diff(self.bounds)
         if isinstance(spec, Full):
@@ -143,7 +143,7 @@ class Pack:
 
 
 def pack_of(cu_seqlens: Pack | Sequence[int] | Tensor | None, num_tokens: int) -> Pack:
-    """The Pack of a call: given, built from cu_seqlens, or one document. ValueError when it does not end at num_tokens."""
+    """The Pack of a call: given, built from cu_seqlens, or one document. ValueError unless it ends at num_tokens."""
     if cu_seqlens is None:
         return Pack([0, num_tokens] if num_tokens else [0])
     pack = cu_seqlens if isinstance(cu_seqlens, Pack) else Pack(cu_seqlens)

@@ -25,7 +25,7 @@ class Partial(NamedTuple):
 
 
 class PairTally:
-    """Counts pairs while a backend works: device tensors are added unread, so that counting never waits for a device."""
+    """Counts pairs while a backend works: device tensors are added unread, so counting never waits for a device."""
 
     def __init__(self) -> None:
         self._attended: list[Tensor] = []
@@ -70,8 +70,8 @@ class ExecutionReport:
         """Strict mode: RuntimeError unless exactly the planned pairs were attended."""
         if self.computed_pairs != self.planned_pairs:
             raise RuntimeError(
-                f"backend {self.backend!r} attended {self.computed_pairs} pairs where {self.planned_pairs} were planned; "
-                "a routing that was handed in may hold fewer picks, otherwise this is a bug in the backend"
+                f"backend {self.backend!r} attended {self.computed_pairs} pairs where {self.planned_pairs} were "
+                "planned; a routing that was handed in may hold fewer picks, otherwise this is a bug in the backend"
             )
 
     def check(self, *, tile_padding: float) -> None:

@@ -24,7 +24,7 @@ class Routing:
     """The picks of the queries at hand.
 
     Args:
-        picks_TRP: [T,R,P] chunk ids by falling gate score, -1 = none (any integer dtype; stored as uint16 while ids fit).
+        picks_TRP: [T,R,P] chunk ids by falling gate score, -1 = none (any integer dtype; kept as uint16 while ids fit).
         spec, pack: what they were picked under.
         q_positions: [T] ascending global token indices of the queries; None = all tokens of the pack.
     """

@@ -15,7 +15,7 @@ class Full:
 
 @dataclass(frozen=True, slots=True)
 class MoBA:
-    """Mixture of Block Attention (arXiv 2502.13189): each query attends to its own chunk and up to topk - 1 earlier ones.
+    """Mixture of Block Attention (arXiv 2502.13189): a query attends to its own chunk and up to topk - 1 earlier ones.
 
     Raises ValueError when chunk_size or topk is not an integer >= 1, or select is unknown.
     """

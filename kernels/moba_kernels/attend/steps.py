@@ -1,7 +1,7 @@
-"""The work of one attention call as tiles: some query rows of one KV head against one contiguous slice of the keys at hand.
+"""The work of one attention call as tiles: query rows of one KV head against one contiguous slice of the keys at hand.
 
-A query row is one (query, head): row id = query * H + head; the id T * H stands for padding. Tiles come in steps; within
-a step every row stands at most once, so a step's results are merged in place without any collision.
+A query row is one (query, head): row id = query * H + head; the id T * H stands for padding. Tiles come in steps;
+within a step every row stands at most once, so a step's results are merged in place without any collision.
 
 - `causal_steps`: every query against its segment's keys up to itself. Full takes documents as segments, MoBA's own
   chunk takes chunks. Step j holds each tile of queries against the j-th slice of its segment.
@@ -22,7 +22,8 @@ from torch import Tensor
 from ..pack import IntArray
 from .call import AttendCall
 
-# Tile shapes for CPU GEMMs: rows enough to amortise a slice of keys, slices short enough to waste little at the diagonal.
+# Tile shapes for CPU GEMMs: rows enough to amortise a slice of keys, slices short enough to waste little at the
+# diagonal. A tile of queries holds this many tokens, times H/K rows each.
 MAX_CAUSAL_QUERIES = 64
 MAX_CAUSAL_SLICE = 256
 MAX_PICK_ROWS = 256

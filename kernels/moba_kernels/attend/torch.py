@@ -1,7 +1,7 @@
 """Partial attention in batched GEMMs over bounded ranges of tiles; forward and backward by hand, no [T,S] tensor.
 
-Every tile is a softmax over one slice of keys; tiles of the same row are merged in fp32 (attend/README.md). Padding rows
-read a zero row and write to a spare one, so no tile needs a row mask.
+Every tile is a softmax over one slice of keys; tiles of the same row are merged in fp32 (attend/README.md). Padding
+rows read a zero row and write to a spare one, so no tile needs a row mask.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, R = T*H
 query rows, N tiles of a batch, M rows of a tile, L key slots of a tile.
@@ -30,7 +30,7 @@ class TileBatch:
 
     rows: Tensor
     """[N*M] query rows, R = padding."""
-    shape_NM: tuple[int, int]
+    num_tiles: int
     key_rows: Tensor
     """[N*L] rows of the keys seen as [S*K, D]; slots beyond a slice repeat its last key and are masked."""
     seen_NM1: Tensor | None
@@ -76,7 +76,7 @@ def _batch(step: Step, tiles: slice, visible_T: Tensor, shape: Shape) -> TileBat
         seen = seen.unsqueeze(-1).to(torch.int32)
     kv_head_N1 = torch.from_numpy(step.kv_head_N[tiles]).to(device)[:, None]
     key_rows = (offset_NL * shape.num_kv_heads + kv_head_N1).flatten()
-    return TileBatch(rows_NM.flatten(), tuple(rows_NM.shape), key_rows, seen, step.length, step.fresh)
+    return TileBatch(rows_NM.flatten(), rows_NM.shape[0], key_rows, seen, step.length, step.fresh)
 
 
 def _count(batch: TileBatch, shape: Shape, tally: PairTally) -> None:
@@ -113,7 +113,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
     out = q_THD.new_zeros((shape.pad_row + 1, v_SKD.shape[2]), dtype=acc)
     lse = q_THD.new_full((shape.pad_row + 1,), -torch.inf, dtype=acc)
     for batch in _batches(call, shape, q_THD.device, tally):
-        num_tiles = batch.shape_NM[0]
+        num_tiles = batch.num_tiles
         scores = _scores(
             _gather(queries, batch.rows, num_tiles, acc), _gather(keys, batch.key_rows, num_tiles, acc), call.scale
         )
@@ -169,7 +169,7 @@ def attend_partial_backward(
     dq = torch.zeros_like(queries)
     dk, dv = torch.zeros_like(keys, dtype=acc), torch.zeros_like(values, dtype=acc)
     for batch in _batches(call, shape, q_THD.device, None):
-        num_tiles = batch.shape_NM[0]
+        num_tiles = batch.num_tiles
         q, dout = (_gather(x, batch.rows, num_tiles, acc) for x in (queries, douts))
         k, v = (_gather(x, batch.key_rows, num_tiles, acc) for x in (keys, values))
         weights = _scores(q, k, call.scale).sub_(_gather(lse, batch.rows, num_tiles, acc)).exp_()

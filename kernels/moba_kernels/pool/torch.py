@@ -1,4 +1,4 @@
-"""Chunk sums in one pass over the keys: an indexed add into fp64, in ranges of tokens so that the fp64 copy stays small.
+"""Chunk sums in one pass over the keys: an indexed add into fp64, in ranges of tokens so that the fp64 copy is small.
 
 Shape letters: S keys at hand, K key/value heads, D head dim, C chunks.
 """

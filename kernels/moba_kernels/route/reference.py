@@ -14,14 +14,14 @@ from ..spec import MoBA
 
 
 def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_positions: Tensor | None) -> Routing:
-    """Routing of the queries at hand given published means; products in fp64, compared as fp32, ties to the later chunk."""
+    """Routing of the queries at hand given the means; products in fp64, compared as fp32, ties to the later chunk."""
     geometry = pack.chunks(spec.chunk_size)
     chunk_of_token = geometry.chunk_of_token_T
     num_queries, num_heads, _ = q_THD.shape
     num_kv_heads = mean_CKD.shape[1]
     queries = q_THD.double()
     if spec.select == "group":
-        queries = queries.unflatten(1, (num_kv_heads, -1)).sum(2)
+        queries = queries.view(num_queries, num_kv_heads, -1, queries.shape[-1]).sum(2)
     routed = spec.routed_heads(num_heads, num_kv_heads)
     picks = torch.full((num_queries, routed, stored_picks(spec, pack)), -1, dtype=torch.int64)
     positions = range(num_queries) if q_positions is None else q_positions.tolist()
