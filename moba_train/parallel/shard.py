@@ -100,9 +100,7 @@ def unshard(shards: Sequence[Tensor], dim: int, *, num_tokens: int, layout: Layo
     return torch.cat([pieces[start] for start in sorted(pieces)], dim)
 
 
-def gather_shards(
-    x: Tensor, dim: int, *, num_tokens: int, layout: Layout, group: dist.ProcessGroup | None
-) -> Tensor:
+def gather_shards(x: Tensor, dim: int, *, num_tokens: int, layout: Layout, group: dist.ProcessGroup | None) -> Tensor:
     """All-gather: every rank passes its shard (S tokens along `dim`) and gets all T tokens in order. No gradient.
 
     Collective over `group`; None or one rank returns `x`. Bytes received: (N - 1) times the longest shard.

@@ -1,0 +1,178 @@
+"""The device mesh: from parallel degrees to process groups. The only file that touches Megatron's parallel_state.
+
+Ranks are numbered tensor-parallel first, then context, data, pipeline (Megatron's "tp-cp-ep-dp-pp"): ranks that talk
+most are neighbours, and land on one node.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moba_train.config.schema import ParallelConfig
+from moba_train.errors import BackendError, ConfigError
+
+# What torchrun (or srun with a wrapper) sets for every rank; all of them or none.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands in the mesh, and whom it talks to. `*_rank` is the rank inside that group."""
+
+    rank: int
+    world_size: int
+    tp: int
+    cp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    cp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """Data- and context-parallel ranks together: gradients and losses are reduced over it."""
+    device: torch.device
+    """With an index on CUDA."""
+
+    @property
+    def is_first_rank(self) -> bool:
+        """The rank that writes logs and files."""
+        return self.rank == 0
+
+
+def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: float) -> Topology:
+    """Join the other ranks and build all groups. Collective over all ranks of the job.
+
+    Under torchrun, RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* say who the others are; without any of them this process
+    is a job of one rank. A default process group that exists already is used as it is. gloo on CPU, NCCL on CUDA.
+
+    Args:
+        parallel: degrees of the mesh; dp = "auto" takes what tp * cp * pp leaves.
+        device: torch.device("cpu") or ("cuda"); LOCAL_RANK chooses among several CUDA devices.
+        timeout_s: a collective that takes longer ends the job.
+
+    Raises ConfigError when the degrees do not multiply to the number of ranks or the launcher's variables are
+    incomplete, BackendError when this process has no CUDA device to itself.
+    """
+    env = _launcher_variables()
+    world_size = dist.get_world_size() if dist.is_initialized() else int(env.get("WORLD_SIZE", "1"))
+    dp = data_parallel_degree(parallel, world_size)
+    device = _own_device(device, int(env.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        _join(env, device, timeout_s)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        context_parallel_size=parallel.cp,
+        pipeline_model_parallel_size=parallel.pp,
+        distributed_timeout_minutes=timeout_s / 60,
+        order="tp-cp-ep-dp-pp",
+    )
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tp=parallel.tp,
+        cp=parallel.cp,
+        pp=parallel.pp,
+        dp=dp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        device=device,
+    )
+
+
+def close_topology(*, keep_process_group: bool = False) -> None:
+    """Take all groups down, so that `init_topology` may be called again. Harmless when there is none.
+
+    keep_process_group leaves the default group up: for a caller that made it before `init_topology`.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized() and not keep_process_group:
+        dist.destroy_process_group()
+
+
+def data_parallel_degree(parallel: ParallelConfig, world_size: int) -> int:
+    """dp of a job of `world_size` ranks. ConfigError for a degree < 1 or when ranks != tp * cp * pp * dp."""
+    for name in ("tp", "cp", "pp", "dp"):
+        degree = getattr(parallel, name)
+        if degree != "auto" and degree < 1:
+            fix = "use 1 for a dimension that is not parallel"
+            raise ConfigError(
+                f"{name} must be at least 1", where=f"parallel.{name}", got=degree, allowed=">= 1", fix=fix
+            )
+    model_ranks = parallel.tp * parallel.cp * parallel.pp
+    dp = max(1, world_size // model_ranks) if parallel.dp == "auto" else parallel.dp
+    if world_size != model_ranks * dp:
+        raise ConfigError(
+            "the number of ranks does not fit the parallel degrees",
+            where="[parallel]",
+            got=f"{world_size} ranks; tp={parallel.tp}, cp={parallel.cp}, pp={parallel.pp}, dp={parallel.dp}",
+            allowed=f"a multiple of tp * cp * pp = {model_ranks}"
+            if parallel.dp == "auto"
+            else f"{model_ranks * dp} ranks",
+            fix=f"launch with `torchrun --nproc-per-node {model_ranks * dp}`, or change tp, cp, pp or dp",
+        )
+    return dp
+
+
+def _launcher_variables() -> dict[str, str]:
+    """The rank variables of the environment: all of them, or {} for a process started by itself."""
+    found = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
+    if "RANK" not in found and "WORLD_SIZE" not in found:
+        return {}
+    if dist.is_initialized():
+        return found  # the caller has met the other ranks already
+    missing = [name for name in RANK_VARIABLES if name not in found]
+    if missing:
+        raise ConfigError(
+            "the environment describes a job of several ranks only in part",
+            where="environment variables",
+            got=f"{', '.join(sorted(found))} set; {', '.join(missing)} missing",
+            allowed=", ".join(RANK_VARIABLES),
+            fix="launch with torchrun, or unset RANK and WORLD_SIZE to run one rank",
+        )
+    return found
+
+
+def _own_device(device: torch.device, local_rank: int) -> torch.device:
+    """The device of this process: CPU, or the CUDA device of its local rank (made current)."""
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise BackendError(
+            "this rank has no CUDA device to itself",
+            where=f"local rank {local_rank}",
+            got=f"{count} CUDA devices on this machine",
+            fix='start at most one rank per device, or set engine.device = "cpu"',
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(env: dict[str, str], device: torch.device, timeout_s: float) -> None:
+    """Build the default process group: with the ranks that the launcher named, or of one rank."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if env:
+        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,109 @@
+"""Parallel degrees, process groups and the mistakes that users make with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_train.config.schema import ParallelConfig
+from moba_train.errors import BackendError, ConfigError
+from moba_train.parallel.topology import RANK_VARIABLES, close_topology, data_parallel_degree, init_topology
+from tests.distributed import run_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def _ranks_of(group: dist.ProcessGroup) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
+def _meshes(rank: int, n: int) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    mesh = init_topology(ParallelConfig(tp=2, cp=2), device=CPU, timeout_s=60)
+    seen["tp2cp2"] = (mesh.tp_rank, mesh.cp_rank, mesh.dp, _ranks_of(mesh.tp_group), _ranks_of(mesh.cp_group))
+    close_topology(keep_process_group=True)
+    mesh = init_topology(ParallelConfig(cp=2, dp=2), device=CPU, timeout_s=60)
+    seen["cp2dp2"] = (mesh.cp_rank, mesh.dp_rank, _ranks_of(mesh.dp_group), _ranks_of(mesh.dp_cp_group))
+    close_topology(keep_process_group=True)
+    try:
+        init_topology(ParallelConfig(cp=3), device=CPU, timeout_s=60)
+    except ConfigError as error:
+        seen["cp3"] = str(error)
+    return seen
+
+
+def test_tensor_ranks_are_neighbours_then_context_then_data() -> None:
+    results = run_ranks(_meshes, 4)
+    assert [r["tp2cp2"] for r in results] == [
+        (0, 0, 1, [0, 1], [0, 2]),
+        (1, 0, 1, [0, 1], [1, 3]),
+        (0, 1, 1, [2, 3], [0, 2]),
+        (1, 1, 1, [2, 3], [1, 3]),
+    ]
+    assert [r["cp2dp2"] for r in results] == [
+        (0, 0, [0, 2], [0, 1, 2, 3]),
+        (1, 0, [1, 3], [0, 1, 2, 3]),
+        (0, 1, [0, 2], [0, 1, 2, 3]),
+        (1, 1, [1, 3], [0, 1, 2, 3]),
+    ]
+    for result in results:
+        assert "4 ranks; tp=1, cp=3, pp=1, dp=auto" in result["cp3"]
+        assert "torchrun --nproc-per-node 3" in result["cp3"]
+
+
+def test_a_process_without_a_launcher_is_a_job_of_one_rank(bare_environment: pytest.MonkeyPatch) -> None:
+    try:
+        mesh = init_topology(ParallelConfig(), device=CPU, timeout_s=30)
+        assert (mesh.rank, mesh.world_size, mesh.dp, mesh.cp_rank, mesh.is_first_rank) == (0, 1, 1, 0, True)
+        assert mesh.cp_group.size() == mesh.dp_cp_group.size() == 1
+    finally:
+        close_topology()
+    assert not dist.is_initialized()
+
+
+def test_degrees_that_do_not_multiply_to_the_ranks_are_refused_before_any_group_is_made(
+    bare_environment: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConfigError, match=r"does not fit the parallel degrees\n(.|\n)*1 ranks; tp=1, cp=2"):
+        init_topology(ParallelConfig(cp=2), device=CPU, timeout_s=30)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["tp", "cp", "pp", "dp"])
+def test_a_degree_below_one_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} must be at least 1\n  where:   parallel.{name}\n  got:     0"):
+        data_parallel_degree(ParallelConfig(**{name: 0}), 1)
+
+
+def test_auto_data_parallelism_takes_what_is_left() -> None:
+    assert data_parallel_degree(ParallelConfig(tp=2, cp=2, pp=1), 16) == 4
+    assert data_parallel_degree(ParallelConfig(), 1) == 1
+
+
+@pytest.mark.parametrize(("parallel", "ranks"), [(ParallelConfig(tp=2, dp=2), 2), (ParallelConfig(cp=4), 6)])
+def test_every_rank_must_have_a_place(parallel: ParallelConfig, ranks: int) -> None:
+    with pytest.raises(ConfigError, match=f"got:     {ranks} ranks"):
+        data_parallel_degree(parallel, ranks)
+
+
+def test_half_a_launcher_environment_is_refused(bare_environment: pytest.MonkeyPatch) -> None:
+    bare_environment.setenv("RANK", "0")
+    bare_environment.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
+        init_topology(ParallelConfig(), device=CPU, timeout_s=30)
+
+
+def test_a_rank_without_a_cuda_device_is_told_so(bare_environment: pytest.MonkeyPatch) -> None:
+    bare_environment.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(BackendError, match="no CUDA device to itself"):
+        init_topology(ParallelConfig(), device=torch.device("cuda"), timeout_s=30)
