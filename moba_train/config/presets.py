@@ -1,4 +1,4 @@
-"""Published model shapes by name. They fill the fields of `[model]` that the file leaves out; RoPE belongs to stages."""
+"""Published model shapes by name. They fill the fields of `[model]` that the file leaves out; RoPE is per stage."""
 
 from __future__ import annotations
 
