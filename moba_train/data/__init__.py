@@ -1,0 +1,1 @@
+"""From text to packed rows: readers, tokenizer, Megatron index files, packing, sampling, needle samples."""

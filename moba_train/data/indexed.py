@@ -1,0 +1,321 @@
+"""Megatron index files: `PREFIX.bin` (token ids) and `PREFIX.idx` (where the documents are).
+
+Layout of the .idx file (megatron.core.datasets.indexed_dataset): 9 bytes magic, uint64 version 1, uint8 dtype code,
+uint64 sequences, uint64 document boundaries, then int32 length per sequence, int64 byte pointer per sequence, int64
+index of the first sequence of each document (and the end). Megatron writes the pair; here it is checked before
+anything maps it, because numpy and Megatron answer a damaged pair with an assertion or with garbage.
+
+A third file may stand beside them: `PREFIX.spans.npy`, int64 [spans, 3], rows (document, start, end) sorted by
+document: tokens start..end-1 of that document are answers, and only answers count in the loss.
+
+Legend: all lengths and offsets are in tokens unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moba_train.data.files import published
+from moba_train.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
+DTYPES: tuple[tuple[int, str], ...] = ((1, "uint8"), (3, "int16"), (4, "int32"), (5, "int64"), (8, "uint16"))
+"""Integer dtypes by Megatron's code; the float codes (6, 7) hold no tokens."""
+CHECK_SEQUENCES = 1 << 20
+"""Sequences checked at a time, so that checking needs bounded memory."""
+REBUILD = "write the pair again (`moba-train prep`) or copy both files again"
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The token file of a pair."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The index file of a pair."""
+    return Path(f"{prefix}.idx")
+
+
+def spans_path(prefix: str | Path) -> Path:
+    """The optional answer spans of a pair."""
+    return Path(f"{prefix}.spans.npy")
+
+
+class IndexedDocuments:
+    """Memory-mapped documents of a checked `.bin/.idx` pair. Made by `open_indexed`.
+
+    Attributes:
+        prefix: path without .bin / .idx.
+        num_documents: documents in the pair.
+        num_tokens: tokens in the pair.
+        dtype: numpy dtype of the stored ids.
+        spans: int64 [spans, 3] (document, start, end), or None where the pair has no answer spans.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        tokens: NDArray[np.integer],
+        pointers_bytes: NDArray[np.int64],
+        boundaries: NDArray[np.int64],
+        spans: NDArray[np.int64] | None,
+    ) -> None:
+        self.prefix = prefix
+        self.dtype = tokens.dtype
+        self.num_tokens = int(tokens.size)
+        self.num_documents = int(boundaries.size - 1)
+        self.spans = spans
+        self._tokens = tokens
+        self._pointers_bytes = pointers_bytes
+        self._boundaries = boundaries
+
+    def starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First token of each document, int64 of the same shape; index num_documents gives the end of the last one."""
+        sequences = self._boundaries[documents]
+        starts = np.full(sequences.shape, self.num_tokens, dtype=np.int64)
+        inside = sequences < self._pointers_bytes.size
+        starts[inside] = self._pointers_bytes[sequences[inside]] // self.dtype.itemsize
+        return starts
+
+    def sizes(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each document, int64 of the same shape."""
+        return self.starts(documents + 1) - self.starts(documents)
+
+    def size(self, document: int) -> int:
+        """Tokens of one document."""
+        return int(self.sizes(np.array([document], dtype=np.int64))[0])
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> NDArray[np.int64]:
+        """Token ids of one document from `offset`, int64 [length]; length None = up to its end.
+
+        Raises:
+            IndexError: outside the document.
+        """
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        start, end = (int(x) for x in self.starts(np.array([document, document + 1], dtype=np.int64)))
+        stop = end if length is None else start + offset + length
+        if offset < 0 or stop > end or start + offset > stop:
+            raise IndexError(f"tokens {offset}..{stop - start} of document {document}, which has {end - start}")
+        return self._tokens[start + offset : stop].astype(np.int64)
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Stored ids start..stop-1 over all documents, as a view of the file."""
+        return self._tokens[start:stop]
+
+    def answer_spans(self, document: int) -> NDArray[np.int64]:
+        """int64 [spans, 2] answer spans (start, end) of one document; empty where it has none."""
+        if self.spans is None:
+            return np.zeros((0, 2), dtype=np.int64)
+        low, high = np.searchsorted(self.spans[:, 0], [document, document + 1])
+        return np.asarray(self.spans[low:high, 1:], dtype=np.int64)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the file sizes and the first and last mebibyte of the index and of the tokens.
+
+        Cheap for any size: it tells pairs apart that were prepared differently, not a flipped bit in the middle.
+        """
+        digest = hashlib.sha256()
+        for path in (idx_path(self.prefix), bin_path(self.prefix)):
+            size = path.stat().st_size
+            digest.update(struct.pack("<Q", size))
+            with open(path, "rb") as stream:
+                digest.update(stream.read(1 << 20))
+                stream.seek(max(0, size - (1 << 20)))
+                digest.update(stream.read())
+        return digest.hexdigest()
+
+
+def open_indexed(prefix: str | Path) -> IndexedDocuments:
+    """Check a `.bin/.idx` pair and map it read-only.
+
+    Raises:
+        DataError: a file is missing or empty, the index is not an index or is cut, or the two do not fit.
+    """
+    prefix = str(prefix)
+    for path in (idx_path(prefix), bin_path(prefix)):
+        _require_file(path)
+    idx, sizes = idx_path(prefix), idx_path(prefix).stat().st_size
+    dtype, num_sequences, num_boundaries = _read_header(idx)
+    expected = HEADER_BYTES + num_sequences * 12 + num_boundaries * 8
+    # A multimodal pair has one more byte per sequence.
+    if sizes not in (expected, expected + num_sequences):
+        raise DataError(
+            "the index file is cut or has trailing bytes",
+            where=str(idx),
+            got=f"{sizes} bytes",
+            allowed=f"{expected} bytes for {num_sequences} sequences in {num_boundaries - 1} documents",
+            fix=REBUILD,
+        )
+    lengths = np.memmap(idx, dtype="<i4", mode="r", offset=HEADER_BYTES, shape=(num_sequences,))
+    pointers = np.memmap(idx, dtype="<i8", mode="r", offset=HEADER_BYTES + 4 * num_sequences, shape=(num_sequences,))
+    boundaries = np.memmap(
+        idx, dtype="<i8", mode="r", offset=HEADER_BYTES + 12 * num_sequences, shape=(num_boundaries,)
+    )
+    bytes_indexed = _check_sequences(idx, lengths, pointers, dtype.itemsize)
+    _check_boundaries(idx, boundaries, num_sequences)
+    bytes_found = bin_path(prefix).stat().st_size
+    if bytes_indexed != bytes_found:
+        raise DataError(
+            "the index does not fit the token file",
+            where=str(bin_path(prefix)),
+            got=f"{bytes_found} bytes",
+            allowed=f"{bytes_indexed} bytes ({bytes_indexed // dtype.itemsize} tokens of {dtype}, says {idx.name})",
+            fix=REBUILD,
+        )
+    tokens = np.memmap(bin_path(prefix), dtype=dtype, mode="r")
+    return IndexedDocuments(prefix, tokens, pointers, boundaries, _open_spans(prefix, num_boundaries - 1))
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        pair = "a source is a pair PREFIX.bin and PREFIX.idx; give the path without the ending"
+        raise DataError(
+            "data file not found", where=str(path), allowed=pair, fix="run `moba-train prep` or mend data.*.path"
+        )
+    if path.stat().st_size == 0:
+        raise DataError("data file is empty", where=str(path), got="0 bytes", fix=REBUILD)
+
+
+def _read_header(idx: Path) -> tuple[np.dtype[np.integer], int, int]:
+    """dtype, number of sequences, number of document boundaries."""
+    with open(idx, "rb") as stream:
+        header = stream.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES:
+        raise DataError(
+            "the index file is cut",
+            where=str(idx),
+            got=f"{len(header)} bytes",
+            allowed=f">= {HEADER_BYTES}",
+            fix=REBUILD,
+        )
+    if header[: len(MAGIC)] != MAGIC:
+        raise DataError(
+            "not a Megatron index file",
+            where=str(idx),
+            got=repr(header[: len(MAGIC)]),
+            allowed=repr(MAGIC),
+            fix=REBUILD,
+        )
+    version, code, num_sequences, num_boundaries = struct.unpack("<QBQQ", header[len(MAGIC) :])
+    if version != 1:
+        raise DataError("unknown version of the index file", where=str(idx), got=version, allowed="1", fix=REBUILD)
+    names = dict(DTYPES)
+    if code not in names:
+        allowed = ", ".join(f"{c} ({name})" for c, name in DTYPES)
+        raise DataError("the index names no integer dtype", where=str(idx), got=code, allowed=allowed, fix=REBUILD)
+    if num_sequences == 0 or num_boundaries < 2:
+        raise DataError("the index holds no document", where=str(idx), got=f"{num_sequences} sequences", fix=REBUILD)
+    return np.dtype(names[code]), num_sequences, num_boundaries
+
+
+def _check_sequences(idx: Path, lengths: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int) -> int:
+    """Sequences must follow one another without gaps; returns the bytes that they cover."""
+    end_bytes = 0
+    for first in range(0, lengths.size, CHECK_SEQUENCES):
+        size_bytes = lengths[first : first + CHECK_SEQUENCES].astype(np.int64) * itemsize
+        ends = end_bytes + np.cumsum(size_bytes)
+        if size_bytes.min() < 0 or not np.array_equal(pointers[first : first + CHECK_SEQUENCES], ends - size_bytes):
+            raise DataError(
+                "lengths and pointers of the index contradict one another",
+                where=f"{idx}, sequences {first}..{first + size_bytes.size - 1}",
+                fix=REBUILD,
+            )
+        end_bytes = int(ends[-1])
+    return end_bytes
+
+
+def _check_boundaries(idx: Path, boundaries: NDArray[np.int64], num_sequences: int) -> None:
+    """Document boundaries must rise from 0 to the number of sequences."""
+    ok = boundaries[0] == 0 and boundaries[-1] == num_sequences
+    for first in range(0, boundaries.size - 1, CHECK_SEQUENCES):
+        ok = ok and bool((np.diff(boundaries[first : first + CHECK_SEQUENCES + 1]) >= 0).all())
+    if not ok:
+        raise DataError(
+            "document boundaries of the index do not rise from 0 to the number of sequences",
+            where=str(idx),
+            got=f"{boundaries[0]} .. {boundaries[-1]}",
+            allowed=f"0 .. {num_sequences}",
+            fix=REBUILD,
+        )
+
+
+def _open_spans(prefix: str, num_documents: int) -> NDArray[np.int64] | None:
+    path = spans_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        spans = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError("cannot read the answer spans", where=str(path), got=str(error), fix=REBUILD) from error
+    rows = "int64 [spans, 3]: rows (document, start, end), sorted by document"
+    if spans.dtype != np.int64 or spans.ndim != 2 or spans.shape[1] != 3:
+        raise DataError(
+            "not an array of answer spans",
+            where=str(path),
+            got=f"{spans.dtype} {spans.shape}",
+            allowed=rows,
+            fix=REBUILD,
+        )
+    documents = spans[:, 0]
+    if spans.size and ((np.diff(documents) < 0).any() or documents[0] < 0 or documents[-1] >= num_documents):
+        raise DataError(
+            "the answer spans do not fit the index",
+            where=str(path),
+            got=f"documents {documents[0]} .. {documents[-1]}",
+            allowed=f"{rows}, of {num_documents} documents",
+            fix=REBUILD,
+        )
+    return spans
+
+
+def write_indexed(
+    prefix: str | Path,
+    documents: Iterable[NDArray[np.integer] | Sequence[int]],
+    *,
+    vocab_size: int,
+    spans: NDArray[np.int64] | None = None,
+) -> tuple[int, int]:
+    """Write documents as a pair (and `spans` beside it), each file whole or not at all.
+
+    Returns:
+        (documents, tokens) written.
+
+    Raises:
+        DataError: no document, or an empty one.
+    """
+    with warnings.catch_warnings():
+        # megatron.core warns at import that its optional GPU libraries are missing; no concern of a data tool.
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    num_documents = num_tokens = 0
+    with published(bin_path(prefix)) as bin_aside, published(idx_path(prefix)) as idx_aside:
+        builder = IndexedDatasetBuilder(str(bin_aside), dtype=DType.optimal_dtype(vocab_size))
+        for document in documents:
+            if len(document) == 0:
+                raise DataError(
+                    "a document without tokens cannot be written", where=f"{prefix}, document {num_documents}"
+                )
+            builder.add_document(np.asarray(document), [len(document)])
+            num_documents += 1
+            num_tokens += len(document)
+        if num_documents == 0:
+            raise DataError(
+                "nothing to write: there is no document",
+                where=str(prefix),
+                fix="give more text (the held-out share of a tiny corpus may be empty: raise --held-out)",
+            )
+        builder.finalize(str(idx_aside))
+        spans_path(prefix).unlink(missing_ok=True)
+        if spans is not None:
+            with published(spans_path(prefix)) as aside, open(aside, "wb") as stream:
+                np.save(stream, np.asarray(spans, dtype=np.int64))
+    return num_documents, num_tokens

@@ -1,0 +1,315 @@
+"""Needles in a haystack: sentences "key is value" hidden in real text, and the questions that ask for them.
+
+    ... text ... # magic amber river is silver walnut ... text ... # magic amber river is [silver walnut]
+                 `------------- needle -------------'              `------- question ----' `-- answer --'
+
+After github.com/gkamradt/LLMTest_NeedleInAHaystack and RULER (arXiv 2404.06654), built at token level so that every
+sample has exactly the length asked for. Keys and values are pairs of words; a hash of the pair decides whether it
+serves training or evaluation, so that no key and no value of an evaluation was ever trained on.
+
+A training document hides several needles and asks for all of them (its answers alone count in the loss); a sample of
+the evaluation hides one (and `distractors` more) and asks for it.
+
+Legend: L tokens of a sample, Q questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moba_train.data.indexed import IndexedDocuments
+from moba_train.data.row import Row
+from moba_train.data.tokenizer import Tokenizer
+from moba_train.errors import DataError
+
+Split = Literal["train", "eval"]
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class NeedleFormat:
+    """Every choice of wording, in one place. The question is the needle up to the value."""
+
+    prefix: str = "# magic"
+    middle: str = " is"
+    suffix: str = "\n"
+    eval_share: int = 5
+    """One pair of words in eval_share is kept for evaluation."""
+    snap_tokens: int = 24
+    """A needle moves to the nearest line start if one is at most this far, so that it does not split a line."""
+
+
+FORMAT = NeedleFormat()
+
+
+def load_words() -> tuple[str, ...]:
+    """The words that keys and values are made of (an asset of this package)."""
+    return tuple(files("moba_train.data").joinpath("assets/words.txt").read_text("utf-8").split())
+
+
+def special_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Words that a trained tokenizer gets as one token each, with their leading space."""
+    return (*words, "magic")
+
+
+def split_of(pair: Pair, form: NeedleFormat = FORMAT) -> Split:
+    """Whether a pair of words serves training or evaluation: a hash decides."""
+    digest = hashlib.sha256(" ".join(pair).encode()).digest()
+    return "eval" if digest[0] % form.eval_share == 0 else "train"
+
+
+class NeedleText:
+    """Token ids of the words and of the sentence around them, checked against the tokenizer.
+
+    Raises:
+        DataError: a word or the sentence does not survive encode -> decode.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, words: tuple[str, ...], form: NeedleFormat = FORMAT) -> None:
+        self.tokenizer, self.words, self.form = tokenizer, words, form
+        self.prefix_ids = tokenizer.encode(form.prefix)
+        self.middle_ids = tokenizer.encode(form.middle)
+        self.suffix_ids = tokenizer.encode(form.suffix)
+        self.newline_id = tokenizer.encode("\n")[-1]
+        self._word_ids = {word: tokenizer.encode(f" {word}") for word in words}
+        for word in words:
+            pair = (word, words[0])
+            text = self.question(pair) + self.pair_text(pair) + form.suffix
+            decoded = tokenizer.decode(self.needle_ids(pair, pair))
+            if decoded != text:
+                raise DataError(
+                    "a needle does not survive encode -> decode",
+                    where=f"tokenizer {tokenizer.path}, word {word!r}",
+                    got=repr(decoded),
+                    allowed=repr(text),
+                    fix="take a tokenizer without normalisation and without a dummy prefix (`moba-train prep` trains one)",
+                )
+
+    def pair_text(self, pair: Pair) -> str:
+        """A key or a value as it stands in the text, with its leading space."""
+        return "".join(f" {word}" for word in pair)
+
+    def question(self, key: Pair) -> str:
+        """The text that ends where the value begins."""
+        return self.form.prefix + self.pair_text(key) + self.form.middle
+
+    def pair_ids(self, pair: Pair) -> list[int]:
+        """Ids of a key or a value."""
+        return [token for word in pair for token in self._word_ids[word]]
+
+    def question_ids(self, key: Pair) -> list[int]:
+        """Ids of the question."""
+        return [*self.prefix_ids, *self.pair_ids(key), *self.middle_ids]
+
+    def needle_ids(self, key: Pair, value: Pair) -> list[int]:
+        """Ids of the whole sentence."""
+        return [*self.question_ids(key), *self.pair_ids(value), *self.suffix_ids]
+
+    def draw_pairs(self, rng: np.random.Generator, n: int, split: Split) -> list[Pair]:
+        """n random pairs of one split; no word stands twice in them."""
+        pairs: list[Pair] = []
+        used: set[str] = set()
+        while len(pairs) < n:
+            a, b = (self.words[int(i)] for i in rng.integers(len(self.words), size=2))
+            if a != b and not used & {a, b} and split_of((a, b), self.form) == split:
+                pairs.append((a, b))
+                used |= {a, b}
+        return pairs
+
+
+@dataclass(frozen=True)
+class NeedleDocument:
+    """A training document: tokens int64 [L] that end in end-of-document, answer spans int64 [Q, 2] (start, end)."""
+
+    tokens_L: NDArray[np.int64]
+    answers_Q2: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class NeedleSample:
+    """One evaluation sample; its last tokens are the answer, so that the score is teacher-forced.
+
+    Attributes:
+        tokens: int64 [L].
+        answer_start, answer_end: tokens of the answer (answer_end = L).
+        needle_start, needle_end: tokens of the needle's sentence.
+        value_start, value_end: tokens of the value inside the needle.
+        key, value: as text, without the leading space.
+        question: the text in front of the answer.
+        depth_percent: as asked for; the needle stands at the line start next to it.
+        eod_id: label of the last token.
+    """
+
+    tokens: NDArray[np.int64]
+    answer_start: int
+    answer_end: int
+    needle_start: int
+    needle_end: int
+    value_start: int
+    value_end: int
+    key: str
+    value: str
+    question: str
+    depth_percent: float
+    eod_id: int
+
+    def to_row(self, *, sample_id: int = 0) -> Row:
+        """The sample as a row of one document whose answer alone counts."""
+        mask = np.zeros(self.tokens.size, dtype=np.float32)
+        mask[self.answer_start - 1 : self.answer_end - 1] = 1
+        labels = np.append(self.tokens[1:], self.eod_id)
+        return Row(self.tokens, labels, mask, (0, self.tokens.size), "niah", sample_id, (sample_id,))
+
+
+def questions_that_fit(text: NeedleText, length: int) -> int:
+    """Questions of a training document: 5 at 128 tokens, growing with the root of the length, at most 3/4 of it."""
+    pair = (text.words[0], text.words[1])
+    cost = len(text.needle_ids(pair, pair)) + len(text.question_ids(pair)) + len(text.pair_ids(pair)) + 1
+    return max(1, min(round(5 * (length / 128) ** 0.5), int(0.75 * length) // cost))
+
+
+def build_needle_document(
+    text: NeedleText,
+    haystack: NDArray[np.int64],
+    *,
+    length: int,
+    seed: int,
+    index: int,
+    num_needles: int | Literal["auto"] = "auto",
+) -> NeedleDocument:
+    """Training document `index`: several needles at random places, then a question for each, in another order.
+
+    Args:
+        haystack: int64 [n], training text without end-of-document ids; repeated where it is too short.
+        length: tokens of the document, its end-of-document included.
+        num_needles: "auto" = `questions_that_fit`.
+
+    Raises:
+        DataError: needles and questions do not fit into length.
+    """
+    rng = np.random.default_rng([seed, length, index])
+    n = questions_that_fit(text, length) if num_needles == "auto" else num_needles
+    pairs = list(zip(text.draw_pairs(rng, n, "train"), text.draw_pairs(rng, n, "train"), strict=True))
+    order = [pairs[int(i)] for i in rng.permutation(n)]
+    asked: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for key, value in order:
+        asked += text.suffix_ids if asked else []
+        asked += text.question_ids(key)
+        spans.append((len(asked), len(asked) + len(text.pair_ids(value))))
+        asked += text.pair_ids(value)
+    needles = [text.needle_ids(key, value) for key, value in pairs]
+    room = _room(length - 1, needles, len(asked), length)
+    places = [float(x) for x in rng.random(n)]
+    hidden, _ = _hide(text, rng, haystack, room, needles, places)
+    tokens = np.array([*hidden, *asked, text.tokenizer.eod_id], dtype=np.int64)
+    return NeedleDocument(tokens, np.array(spans, dtype=np.int64) + len(hidden))
+
+
+def build_niah_sample(
+    text: NeedleText,
+    haystack: NDArray[np.int64],
+    *,
+    length: int,
+    depth_percent: float,
+    seed: int,
+    index: int = 0,
+    distractors: int = 0,
+) -> NeedleSample:
+    """Evaluation sample `index` of a cell (length, depth): a pure function of its arguments.
+
+    Args:
+        haystack: int64 [n], held-out text without end-of-document ids (`haystack_of`).
+        length: tokens of the sample, question and answer included.
+        depth_percent: 0 = at the beginning of the text, 100 = just before the question.
+        distractors: further needles with other keys, at random places.
+
+    Raises:
+        DataError: depth outside 0..100, or needle and question do not fit into length.
+    """
+    if not 0 <= depth_percent <= 100:
+        raise DataError("needle depth out of range", where="niah", got=depth_percent, allowed="0 .. 100 (percent)")
+    rng = np.random.default_rng([seed, length, round(depth_percent * 1000), index])
+    n = 1 + distractors
+    pairs = list(zip(text.draw_pairs(rng, n, "eval"), text.draw_pairs(rng, n, "eval"), strict=True))
+    key, value = pairs[0]
+    asked = [*text.question_ids(key), *text.pair_ids(value)]
+    needles = [text.needle_ids(*pair) for pair in pairs]
+    room = _room(length, needles, len(asked), length)
+    places = [depth_percent / 100, *(float(x) for x in rng.random(distractors))]
+    hidden, starts = _hide(text, rng, haystack, room, needles, places)
+    value_start = starts[0] + len(text.question_ids(key))
+    return NeedleSample(
+        tokens=np.array([*hidden, *asked], dtype=np.int64),
+        answer_start=length - len(text.pair_ids(value)),
+        answer_end=length,
+        needle_start=starts[0],
+        needle_end=starts[0] + len(needles[0]),
+        value_start=value_start,
+        value_end=value_start + len(text.pair_ids(value)),
+        key=" ".join(key),
+        value=" ".join(value),
+        question=text.question(key),
+        depth_percent=depth_percent,
+        eod_id=text.tokenizer.eod_id,
+    )
+
+
+def haystack_of(documents: IndexedDocuments, *, eod_id: int, max_tokens: int = 1 << 24) -> NDArray[np.int64]:
+    """int64 [n]: the first max_tokens tokens of a source in file order, without end-of-document ids."""
+    tokens = documents.tokens(0, min(max_tokens, documents.num_tokens)).astype(np.int64)
+    return tokens[tokens != eod_id]
+
+
+def _room(available: int, needles: list[list[int]], num_asked: int, length: int) -> int:
+    """Tokens left for the haystack."""
+    needed = sum(map(len, needles)) + num_asked
+    if needed >= available:
+        raise DataError(
+            "needles and questions do not fit into the sample",
+            where="needle length",
+            got=f"{length} tokens",
+            allowed=f"> {needed} for {len(needles)} needle(s)",
+            fix="raise the length or ask for fewer needles",
+        )
+    return available - needed
+
+
+def _hide(
+    text: NeedleText,
+    rng: np.random.Generator,
+    haystack: NDArray[np.int64],
+    room: int,
+    needles: list[list[int]],
+    places: list[float],
+) -> tuple[list[int], list[int]]:
+    """Put each needle at its place (share of the haystack, 0..1); returns the tokens and where each needle begins."""
+    if haystack.size == 0:
+        raise DataError("the haystack is empty", where="needle samples", fix="prepare more text")
+    first = int(rng.integers(haystack.size))
+    hay = haystack[(first + np.arange(room)) % haystack.size]
+    line_starts = np.flatnonzero(hay == text.newline_id) + 1
+    spots = [_snap(round(place * room), line_starts, room, text.form.snap_tokens) for place in places]
+    tokens: list[int] = []
+    starts = [0] * len(needles)
+    last = 0
+    for i in sorted(range(len(needles)), key=lambda i: spots[i]):
+        tokens += hay[last : spots[i]].tolist()
+        last = spots[i]
+        starts[i] = len(tokens)
+        tokens += needles[i]
+    return tokens + hay[last:].tolist(), starts
+
+
+def _snap(spot: int, line_starts: NDArray[np.int64], room: int, reach: int) -> int:
+    """The line start nearest to `spot`, if one is near; the two ends of the haystack stay where they are."""
+    if spot in (0, room) or line_starts.size == 0:
+        return spot
+    nearest = int(line_starts[np.abs(line_starts - spot).argmin()])
+    return nearest if abs(nearest - spot) <= reach else spot

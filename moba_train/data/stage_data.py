@@ -1,0 +1,182 @@
+"""The rows of one stage: row i is a pure function of (seed, stage, i).
+
+    mix        row i -> (source, row r of that source)                 memory-mapped, `mix.py`
+    row index  r -> where that row begins in the source's stream       memory-mapped, `row_index.py`
+    assemble   the pieces of documents in between -> Row               `assemble.py`
+
+The memory maps live in the run's cache folder. They are made once: the first rank that needs one writes it aside and
+renames it, so that several ranks may start at once (each may then do the same work; let rank 0 go first to save it).
+Each stage shuffles every source anew, and again at every epoch of it.
+
+Legend: R rows of the stage, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moba_train.config.schema import DataConfig, SourceConfig, StageConfig
+from moba_train.data.assemble import row_of_stream
+from moba_train.data.files import published
+from moba_train.data.indexed import IndexedDocuments, open_indexed
+from moba_train.data.mix import mix_rows, rows_per_source
+from moba_train.data.row import Row
+from moba_train.data.row_index import DocumentStream, build_row_starts
+from moba_train.errors import ConfigError, DataError
+
+INDEX_VERSION = 1
+"""Part of the name of every cached index; raised when its meaning changes."""
+
+
+class StageData:
+    """Rows of one stage.
+
+    Args:
+        data: the sources.
+        stage: its mix, seq_len and tokens.
+        stage_index: position of the stage in the schedule; part of the shuffle.
+        seed: `run.seed`.
+        cache_dir: folder of the memory-mapped indices; made if missing.
+        eod_id: end-of-document id of the tokenizer.
+        pad_id: id that fills up rows of whole documents.
+
+    Raises:
+        ConfigError: the mix names no source, or one that `data.sources` does not have.
+        DataError: a source is missing or damaged, or its documents do not fit the rows.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        stage: StageConfig,
+        *,
+        stage_index: int,
+        seed: int,
+        cache_dir: Path,
+        eod_id: int,
+        pad_id: int,
+    ) -> None:
+        weights = _check_mix(data, stage, stage_index)
+        self.seq_len = stage.seq_len
+        self.rows_per_step = stage.tokens_per_step // stage.seq_len
+        self._num_rows = stage.tokens // stage.seq_len
+        self._eod_id, self._pad_id = eod_id, pad_id
+        counts = rows_per_source(weights, self._num_rows)
+        self.names = tuple(name for name in weights if counts[name])
+        self.rows_by_source = {name: counts[name] for name in self.names}
+        self._mix = _open_mix(cache_dir, [counts[name] for name in self.names])
+        self._sources = [
+            _Source(
+                name,
+                data.sources[name],
+                seq_len=stage.seq_len,
+                num_rows=counts[name],
+                order_key=f"seed {seed}/stage {stage_index}/source {name}",
+                cache_dir=cache_dir,
+            )
+            for name in self.names
+        ]
+
+    def __len__(self) -> int:
+        """Rows of the stage."""
+        return self._num_rows
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the documents of this stage that a row boundary cuts (0..1)."""
+        documents = sum(source.num_documents for source in self._sources)
+        return sum(source.num_cut for source in self._sources) / max(1, documents)
+
+    def row(self, i: int) -> Row:
+        """Row i of the stage, 0 <= i < len.
+
+        Raises:
+            IndexError: outside the stage.
+        """
+        if not 0 <= i < self._num_rows:
+            raise IndexError(f"row {i} of a stage of {self._num_rows}")
+        which, r = (int(x) for x in self._mix[i])
+        source = self._sources[which]
+        return row_of_stream(
+            source.documents,
+            source.stream,
+            (int(source.starts[r, 0]), int(source.starts[r, 1])),
+            (int(source.starts[r + 1, 0]), int(source.starts[r + 1, 1])),
+            seq_len=self.seq_len,
+            eod_id=self._eod_id,
+            pad_id=self._pad_id,
+            source=source.name,
+            sample_id=i,
+        )
+
+
+class _Source:
+    """One source of the stage: its documents, their order, and where each row begins."""
+
+    def __init__(
+        self, name: str, config: SourceConfig, *, seq_len: int, num_rows: int, order_key: str, cache_dir: Path
+    ) -> None:
+        self.name = name
+        self.documents: IndexedDocuments = open_indexed(config.path)
+        self.stream = DocumentStream(
+            name, self.documents.num_documents, self.documents.sizes, config.min_doc_tokens, order_key
+        )
+        identity = [INDEX_VERSION, self.documents.fingerprint(), config.packing, config.min_doc_tokens]
+        path = cache_dir / f"rows-{_digest([*identity, seq_len, num_rows, order_key])}.npy"
+        meta_path = path.with_suffix(".json")
+        if not (path.exists() and meta_path.exists()):
+            with published(path) as aside, published(meta_path) as meta_aside:
+                out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.int64, shape=(num_rows + 1, 2))
+                built = build_row_starts(
+                    self.stream, packing=config.packing, seq_len=seq_len, num_rows=num_rows, out=out
+                )
+                out.flush()
+                meta_aside.write_text(json.dumps({"documents": built.num_documents, "cut": built.num_cut}) + "\n")
+        self.starts = _map(path, (num_rows + 1, 2))
+        meta = json.loads(meta_path.read_text())
+        self.num_documents, self.num_cut = int(meta["documents"]), int(meta["cut"])
+
+
+def _check_mix(data: DataConfig, stage: StageConfig, stage_index: int) -> dict[str, float]:
+    """The sources with a weight above 0."""
+    where = f"stages.{stage_index}.mix"
+    known = ", ".join(sorted(data.sources)) or "none: data.sources is empty"
+    for name, weight in stage.mix.items():
+        if name not in data.sources:
+            raise ConfigError("the mix names an unknown source", where=where, got=name, allowed=known)
+        if not 0 <= weight < float("inf"):
+            raise ConfigError("a weight must be a finite number of at least 0", where=f"{where}.{name}", got=weight)
+    weights = {name: weight for name, weight in stage.mix.items() if weight > 0}
+    if not weights:
+        raise ConfigError("the stage draws from no source", where=where, got=stage.mix, allowed=f"sources: {known}")
+    return weights
+
+
+def _open_mix(cache_dir: Path, counts: list[int]) -> NDArray[np.int64]:
+    path = cache_dir / f"mix-{_digest([INDEX_VERSION, *counts])}.npy"
+    if not path.exists():
+        with published(path) as aside:
+            out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.int64, shape=(sum(counts), 2))
+            mix_rows(counts, out)
+            out.flush()
+    return _map(path, (sum(counts), 2))
+
+
+def _map(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    fix = f"delete {path.parent}; it is built again"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError("cannot read a cached row index", where=str(path), got=str(error), fix=fix) from error
+    if array.shape != shape:
+        raise DataError("a cached row index is damaged", where=str(path), got=array.shape, allowed=str(shape), fix=fix)
+    return array
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

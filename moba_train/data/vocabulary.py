@@ -1,0 +1,65 @@
+"""Do tokenizer, data and model agree on what an id means?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moba_train.data.indexed import IndexedDocuments
+from moba_train.data.tokenizer import Tokenizer
+from moba_train.errors import ConfigError, DataError
+
+CHECKED_TOKENS = 1 << 20
+"""Tokens looked at, at the beginning and at the end of the source; all would take hours at 10^12."""
+
+
+def check_vocabulary(tokenizer: Tokenizer, documents: IndexedDocuments, *, vocab_size: int) -> None:
+    """Refuse a source or a model that does not fit the tokenizer.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ConfigError: the model has fewer rows than the tokenizer has ids.
+        DataError: the source was written with another tokenizer, or holds ids that the tokenizer does not have.
+    """
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            "the model's vocabulary is smaller than the tokenizer's",
+            where="model.vocab_size",
+            got=vocab_size,
+            allowed=f">= {tokenizer.vocab_size} ({tokenizer.path})",
+            fix=f"set model.vocab_size to at least {tokenizer.vocab_size}",
+        )
+    written_with = prepared_fingerprint(documents.prefix)
+    if written_with and written_with != tokenizer.fingerprint:
+        raise DataError(
+            "the data was written with another tokenizer",
+            where=documents.prefix,
+            got=f"sha256 {written_with[:12]}... (prep.json)",
+            allowed=f"sha256 {tokenizer.fingerprint[:12]}... ({tokenizer.path})",
+            fix="point data.tokenizer to the model that the data was prepared with, or prepare again",
+        )
+    n = documents.num_tokens
+    for part in (documents.tokens(0, min(n, CHECKED_TOKENS)), documents.tokens(max(0, n - CHECKED_TOKENS), n)):
+        lowest, highest = int(part.min()), int(part.max())
+        if lowest < 0 or highest >= tokenizer.vocab_size:
+            raise DataError(
+                "the data holds ids that the tokenizer does not have",
+                where=documents.prefix,
+                got=f"ids {lowest} .. {highest}",
+                allowed=f"0 .. {tokenizer.vocab_size - 1} ({tokenizer.path})",
+                fix="point data.tokenizer to the model that the data was prepared with, or prepare again",
+            )
+
+
+def prepared_fingerprint(prefix: str) -> str:
+    """Fingerprint of the tokenizer that a pair was prepared with, from the prep.json beside it; "" if there is none."""
+    path = Path(prefix).parent / "prep.json"
+    if not path.is_file():
+        return ""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        return str(record["tokenizer"]["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError("cannot read what prep wrote", where=str(path), got=repr(error), fix="prepare again") from error
