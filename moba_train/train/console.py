@@ -1,0 +1,129 @@
+"""The log on rank 0: a line every n steps, and a progress bar where somebody is watching a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moba_train.train.metrics import Record
+
+
+class Log(Protocol):
+    """Takes whole lines. Ranks other than 0 have one that says nothing."""
+
+    def line(self, text: str) -> None: ...
+
+
+class SilentLog:
+    """The log of every rank but 0."""
+
+    def line(self, text: str) -> None:
+        """Say nothing."""
+
+
+class ConsoleLogger:
+    """A log line every `log_every` steps; also a metric sink.
+
+    Args:
+        log_every: steps between lines; the first and the last step, every stage's first step, bad steps and steps
+            with an evaluation get one too.
+        total_steps: steps of the run, for the ETA.
+        resume_step: finished steps at the start.
+        console: where to write; None = standard output.
+    """
+
+    def __init__(self, *, log_every: int, total_steps: int, resume_step: int, console: Console | None = None) -> None:
+        self._log_every = max(1, log_every)
+        self._total_steps = total_steps
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._stage = ""
+        self._window_s: list[float] = []
+        self._mean_step_s = 0.0
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("training", total=total_steps, completed=resume_step)
+            self._bar.start()
+
+    def line(self, text: str) -> None:
+        """Write one line above the progress bar."""
+        self._console.print(text, markup=False)
+
+    def write(self, record: Record) -> None:
+        """Note a step; print its line if it is due."""
+        step = int(record["step"])
+        self._window_s.append(float(record["perf/step_time_s"]))
+        new_stage = record["stage"] != self._stage
+        self._stage = str(record["stage"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=self._stage)
+        evaluated = any(key.startswith("eval/") for key in record)
+        due = step % self._log_every == 0 or step == self._total_steps or new_stage or evaluated
+        if due or "train/bad" in record:
+            mean_s = sum(self._window_s) / len(self._window_s)
+            self._mean_step_s = mean_s if not self._mean_step_s else 0.5 * (self._mean_step_s + mean_s)
+            self._window_s.clear()
+            self.line(format_step(record, total_steps=self._total_steps, mean_step_s=self._mean_step_s))
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def format_step(record: Record, *, total_steps: int, mean_step_s: float) -> str:
+    """The log line of a step; throughput and ETA from `mean_step_s`, the mean of the steps since the last line."""
+    step = int(record["step"])
+    faster = record["perf/step_time_s"] / mean_step_s if mean_step_s else 1.0
+    mfu = f"{100.0 * record['perf/mfu'] * faster:.1f}%" if "perf/mfu" in record else "n/a"
+    parts = [
+        f"step {step:>{len(str(total_steps))}}/{total_steps}",
+        str(record["stage"]),
+        f"loss {_number(record['train/loss'], '.4f')}",
+        f"lr {record['train/lr']:.2e}",
+        f"grad {_number(record['train/grad_norm'], '.3f')}",
+        f"{record['perf/tokens_per_s'] * faster:,.0f} tok/s "
+        f"({record['perf/tokens_per_s_per_rank'] * faster:,.0f}/rank)",
+        f"MFU {mfu}",
+        f"mem {record['memory/peak_gib']:.2f} GiB",
+        f"density {record['train/density']:.3f}",
+        f"ETA {format_duration((total_steps - step) * mean_step_s)}",
+    ]
+    if "train/bad" in record:
+        parts.append("NOT FINITE, step skipped")
+    scores = [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in record.items() if _is_score(key, value)]
+    return " | ".join(parts) + (f"\n  eval: {', '.join(scores)}" if scores else "")
+
+
+def format_duration(seconds: float) -> str:
+    """12s, 3m05s, 2h07m, 4d03h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _is_score(key: str, value: Any) -> bool:
+    return key.startswith("eval/") and isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: float, spec: str) -> str:
+    """NaN must be seen, so it is written in capitals and never left out."""
+    return format(value, spec) if math.isfinite(value) else str(value).upper()

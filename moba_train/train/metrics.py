@@ -1,0 +1,155 @@
+"""What a run leaves behind about itself: metrics.jsonl and TensorBoard. Written by rank 0 alone.
+
+One JSON object per step in full precision. A value that is not finite becomes null and the record carries
+`"train/bad": true`, because NaN is not JSON. After a resume no step stands twice: lines beyond the step that the run
+resumes from are dropped, atomically, before the first new one is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moba_train.train.manifest import replace_text
+
+GIB = 1024.0**3
+Record = Mapping[str, Any]
+
+
+class MetricSink(Protocol):
+    """Something that wants to know about every finished step."""
+
+    def write(self, record: Record) -> None:
+        """Take the record of one step."""
+        ...
+
+    def flush(self) -> None:
+        """Make everything written so far durable (called before a checkpoint is published)."""
+        ...
+
+    def close(self) -> None:
+        """Release files and terminals."""
+        ...
+
+
+class JsonlWriter:
+    """metrics.jsonl.
+
+    Args:
+        path: the file.
+        resume_step: finished steps of the checkpoint that the run continues from; 0 = a new run.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        truncate_after(path, resume_step)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._stream.write(to_json_line(record))
+        self._stream.flush()
+
+    def flush(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._stream.close()
+
+
+class TensorBoardWriter:
+    """The same numbers for TensorBoard; a list (loss by position) becomes one series per entry.
+
+    Args:
+        folder: log folder.
+        resume_step: as in `JsonlWriter`; later points of an earlier process are hidden.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by rank 0 only
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, record: Record) -> None:
+        for key, value in record.items():
+            if "/" not in key or key.endswith("position_edges"):
+                continue
+            for tag, number in _series(key, value):
+                self._writer.add_scalar(tag, number, record["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _series(key: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, (list, tuple)):
+        return [(f"{key}/{index}", float(item)) for index, item in enumerate(value)]
+    return [(key, float(value))] if isinstance(value, (int, float)) else []
+
+
+def to_json_line(record: Record) -> str:
+    """One line of metrics.jsonl: floats in full precision, values that are not finite as null."""
+    clean = {key: _finite(value) for key, value in record.items()}
+    if any(clean[key] != record[key] for key in record):
+        clean["train/bad"] = True
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`; a torn last line (a crash while writing) goes too."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return
+    kept = []
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                if int(json.loads(line)["step"]) <= step:
+                    kept.append(line if line.endswith("\n") else line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break
+    replace_text(path, "".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a metrics.jsonl, in order."""
+    records: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory use of this process so far: allocated GPU memory, or resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 / GIB
+
+
+def open_sinks(run_dir: Path, *, resume_step: int, console: MetricSink) -> Sequence[MetricSink]:
+    """The three sinks of rank 0: metrics.jsonl, TensorBoard and the console."""
+    return (
+        JsonlWriter(run_dir / "metrics.jsonl", resume_step=resume_step),
+        TensorBoardWriter(run_dir / "tensorboard", resume_step=resume_step),
+        console,
+    )

@@ -1,0 +1,75 @@
+"""Small agreements between all ranks: who saw an error, what rank 0 decided, how a counter sums up.
+
+Every function is collective over the default process group; without one it is the identity of a single rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_all(value: T) -> list[T]:
+    """The value of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """Run `compute` on rank 0 alone and hand its result, or its exception, to every rank."""
+    box: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if rank() == 0:
+        try:
+            box[0] = (compute(), None)
+        except Exception as error:  # re-raised below, on every rank: a lone failure would leave the others waiting
+            box[0] = (None, error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    value, failure = box[0]
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
+
+
+def on_all_ranks(compute: Callable[[], T]) -> T:
+    """Run `compute` on every rank; if it fails anywhere, raise the lowest failing rank's exception everywhere."""
+    value: T | None = None
+    failure: Exception | None = None
+    try:
+        value = compute()
+    except Exception as error:  # re-raised below, on every rank: a lone failure would leave the others waiting
+        failure = error
+    for error_of_rank in gather_all(failure):
+        if error_of_rank is not None:
+            raise error_of_rank
+    return value  # type: ignore[return-value]
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum each value over all ranks, in fp64 (integers up to 2**53 stay exact)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]

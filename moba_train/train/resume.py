@@ -1,0 +1,189 @@
+"""Where a run begins: from nothing, from the newest intact checkpoint of its folder, or from one that is named.
+
+auto    the newest intact checkpoint, saying what was skipped and why; from nothing if the run has none at all
+never   from nothing, and only in a folder without a previous run
+PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moba_train.engine.base import Engine
+from moba_train.errors import CheckpointError
+from moba_train.train import ranks
+from moba_train.train.checkpoint import (
+    FOLDER,
+    LATEST,
+    NAME,
+    STATE,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    set_aside_after,
+)
+from moba_train.train.manifest import MANIFEST, find_damage
+from moba_train.train.progress import Identity, Progress, progress_from_state
+from moba_train.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run begins.
+
+    Attributes:
+        path: the checkpoint to load; None = from nothing.
+        notes: lines for the log: what was chosen, what was skipped and why.
+        progress: position of the checkpoint, once `begin` has loaded it.
+    """
+
+    path: Path | None
+    notes: tuple[str, ...]
+    progress: Progress = field(default_factory=Progress)
+
+
+def find_start(run_dir: Path, resume: str) -> StartingPoint:
+    """Resolve `--resume`; collective (rank 0 looks, so that all ranks agree).
+
+    Raises:
+        CheckpointError: `never` in a folder that holds a run; checkpoints, but none intact; a PATH without any.
+    """
+    return ranks.from_rank_0(lambda: _find_start(run_dir, resume))
+
+
+def _find_start(run_dir: Path, resume: str) -> StartingPoint:
+    if resume == "never":
+        _refuse_used_folder(run_dir)
+        return StartingPoint(None, ("starting from nothing (--resume never)",))
+    if resume == "auto":
+        if not list_checkpoints(run_dir):
+            return StartingPoint(None, (f"starting from nothing: no checkpoint in {run_dir / FOLDER}",))
+        return newest_intact(run_dir)
+    return StartingPoint(*_named(Path(resume)))
+
+
+def resolve_checkpoint(path: Path) -> StartingPoint:
+    """The checkpoint that a run folder or checkpoint folder stands for (for evaluations); collective.
+
+    Raises:
+        CheckpointError: there is none, or none is intact.
+    """
+    return ranks.from_rank_0(lambda: StartingPoint(*_named(path)))
+
+
+def newest_intact(run_dir: Path) -> StartingPoint:
+    """The newest checkpoint whose files match their manifest.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged; the message says how.
+    """
+    notes: list[str] = []
+    for path in reversed(list_checkpoints(run_dir)):
+        damage = _damage(path)
+        if not damage:
+            return StartingPoint(path, (*notes, f"resuming from {path}"))
+        notes.append(f"skipped {path.name}: {damage}")
+    raise CheckpointError(
+        "no checkpoint of the run is intact",
+        where=str(run_dir / FOLDER),
+        got="; ".join(notes) or "no checkpoint",
+        fix="Restore a checkpoint, or start over in another --run-dir.",
+    )
+
+
+def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedule: Schedule) -> StartingPoint:
+    """Put the engine where the run begins; collective over all ranks.
+
+    Checkpoints of this run beyond that point (damaged, or of a branch that `--resume PATH` leaves) are set aside.
+
+    Returns:
+        The starting point with its `progress` filled in and notes for the log.
+
+    Raises:
+        CheckpointError: see `find_start`, `load_checkpoint` and `check_schedule`.
+    """
+    start = find_start(run_dir, resume)
+    path = start.path
+    if path is None:
+        return start
+    saved = ranks.from_rank_0(lambda: progress_from_state(read_state(path)))
+    check_schedule(saved, schedule, path)
+    load_checkpoint(path, engine, identity)
+    left = ranks.from_rank_0(lambda: set_aside_after(run_dir, saved.step))
+    notes = (*start.notes, *(f"set aside {name}.abandoned: it lies beyond step {saved.step}" for name in left))
+    return StartingPoint(path, notes, saved)
+
+
+def check_schedule(progress: Progress, schedule: Schedule, path: Path) -> None:
+    """Refuse a schedule whose past is not the checkpoint's; its future may change (a longer or another last stage).
+
+    Raises:
+        CheckpointError: the run has seen another number of tokens than this schedule says for the same step.
+    """
+    expected = schedule.tokens_after(progress.step)
+    if progress.step > schedule.total_steps or expected != progress.tokens:
+        raise CheckpointError(
+            "the stages up to the checkpoint are not those that it was trained with",
+            where=str(path),
+            got=f"{expected} tokens after step {progress.step} by this configuration ({schedule.total_steps} steps)",
+            allowed=f"{progress.tokens} tokens after step {progress.step}",
+            fix="Restore the finished stages as the checkpoint's config.toml has them; later stages may change.",
+        )
+
+
+def _named(path: Path) -> tuple[Path | None, tuple[str, ...]]:
+    if not path.is_dir():
+        raise CheckpointError(
+            "there is no such folder",
+            where="--resume",
+            got=str(path),
+            allowed="a run folder or a checkpoint folder",
+            fix="Check the path.",
+        )
+    if NAME.fullmatch(path.name) or (path / MANIFEST).exists() or (path / STATE).exists():
+        damage = _damage(path)
+        if damage:
+            raise CheckpointError(
+                "the checkpoint is damaged",
+                where=str(path),
+                got=damage,
+                fix="Name the run folder instead, to take its newest intact checkpoint, or restore the file.",
+            )
+        return path, (f"resuming from {path}",)
+    run_dir = path.parent if path.name == FOLDER else path
+    if not list_checkpoints(run_dir):
+        raise CheckpointError(
+            "the folder holds no checkpoint",
+            where=str(path),
+            got="an empty folder" if not any(path.iterdir()) else f"no {FOLDER}/step_XXXXXXXX in it",
+            allowed="a run folder or a checkpoint folder",
+            fix="Name a folder that a run has saved to, or use --resume auto to start from nothing.",
+        )
+    found = newest_intact(run_dir)
+    return found.path, found.notes
+
+
+def _damage(path: Path) -> str:
+    """ "" for an intact checkpoint, else why it is not."""
+    damage = find_damage(path)
+    if damage:
+        return damage
+    try:
+        read_state(path)
+    except CheckpointError as error:
+        return f"{error.what} ({error.got})"
+    return ""
+
+
+def _refuse_used_folder(run_dir: Path) -> None:
+    used = [path for path in (run_dir / "metrics.jsonl", run_dir / FOLDER / LATEST) if path.exists()]
+    used += list_checkpoints(run_dir)
+    if used:
+        raise CheckpointError(
+            "--resume never starts afresh, but the run folder already holds a run",
+            where=str(run_dir),
+            got=used[0].name,
+            allowed="a folder without metrics and checkpoints",
+            fix="Choose another --run-dir, remove the old run, or continue it with --resume auto.",
+        )
