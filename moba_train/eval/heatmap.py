@@ -33,6 +33,7 @@ _RC: dict[Any, Any] = {
     "hatch.linewidth": 0.7,
     "hatch.color": "#FFFFFF",
     "svg.hashsalt": "niah",
+    "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
     "xtick.color": INK,
@@ -92,7 +93,7 @@ def _panel_subtitle(cells: Sequence[Cell]) -> str:
         text += f" (not dense: {mean_score(sparse, cells[0].attention):.2f})"
     if known:
         share, chance = (sum(part) / len(known) for part in zip(*known, strict=True))
-        text += f"  routed {format_share(share)} (chance {format_share(chance)})"
+        text += f"\nrouted {format_share(share)} (chance {format_share(chance)})"
     return text
 
 
@@ -104,7 +105,7 @@ def _figure(cells: Sequence[Cell], title: str) -> Figure:
     cell_h = min(_CELL_H, max(0.3, 4.2 / len(depths)))
     font = 9.5 if cell_w >= 0.75 else 7.5 if cell_w >= 0.5 else 5.5
     panel_w, panel_h = max(2.5, cell_w * len(lengths)), max(1.6, cell_h * len(depths))
-    left, right, top, bottom, gap = 0.75, 1.05, 1.2, 1.0, 0.35
+    left, right, top, bottom, gap = 0.75, 1.05, 1.36, 1.0, 0.35
     width = left + len(attentions) * panel_w + (len(attentions) - 1) * gap + right
     height = top + panel_h + bottom
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -114,9 +115,10 @@ def _figure(cells: Sequence[Cell], title: str) -> Figure:
         members = [cell for cell in cells if cell.attention == attention]
         _draw_panel(axes, members, lengths, depths, font=font)
         heading = ATTENTION_TITLES.get(attention, attention)
-        above = 1 + 0.24 / panel_h
+        above = 1 + 0.38 / panel_h
         axes.text(0, above, heading, transform=axes.transAxes, fontsize=11, fontweight="bold", va="bottom")
-        axes.text(0, 1 + 0.06 / panel_h, _panel_subtitle(members), transform=axes.transAxes, fontsize=7.5, va="bottom")
+        below = 1 + 0.34 / panel_h
+        axes.text(0, below, _panel_subtitle(members), transform=axes.transAxes, fontsize=7.5, va="top", linespacing=1.3)
         axes.set_xlabel("context length (tokens)", fontsize=8.5)
         ticks = [f"{depth:g}%" for depth in depths] if i == 0 else []
         axes.set_yticks([j + 0.5 for j in range(len(depths))] if i == 0 else [], ticks)
