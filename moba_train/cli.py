@@ -1,0 +1,230 @@
+"""The command line: `moba-train prep | train | eval niah | plan | report`.
+
+Exit codes: 0 done (a planned stop included), 2 a mistake that the user can mend (one message, no traceback unless
+--debug), 1 anything else. Every sub-command imports what it needs when it runs: `plan` answers without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from moba_train import __version__
+from moba_train.errors import ConfigError, UserError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+
+# When rank 0 fails too, its launcher ends the other ranks well within this time; a rank that outlives it has an error of
+# its own, and says so.
+_OTHER_RANK_WAIT_S = 3.0
+
+_OVERRIDES = (
+    "Every key of the configuration can be overridden: --section.key VALUE, for instance --parallel.cp 2 or "
+    "--stages.0.tokens 4096; --run-dir PATH is short for --run.dir PATH. --help-config lists all of them."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit code.
+
+    Args:
+        argv: words after the program name; None = sys.argv.
+    """
+    args, overrides = build_parser().parse_known_args(argv)
+    try:
+        return _run(args, overrides)
+    except UserError as error:
+        _report(error, debug=args.debug)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("moba-train: interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of our output has gone (`moba-train plan ... | head`): nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser; words that it does not know are configuration overrides."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+    parser = argparse.ArgumentParser(
+        prog="moba-train",
+        description="Train GPTs whose attention is MoBA, with context parallelism.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moba-train {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_prep(commands, common)
+    _add_train(commands, common)
+    _add_eval(commands, common)
+    _add_plan(commands, common)
+    _add_report(commands, common)
+    return parser
+
+
+def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    prep = commands.add_parser("prep", parents=[common], allow_abbrev=False, help="text -> tokenizer and .bin/.idx data")
+    prep.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help='folders of text or code, .txt, .jsonl, .jsonl.gz; "stdlib" (the default): Python\'s own library as text',
+    )
+    prep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    prep.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train [4096]")
+    prep.add_argument("--tokenizer", type=Path, metavar="PATH", help="take this sentencepiece model, train none")
+    prep.add_argument(
+        "--needles",
+        type=parse_needles,
+        default={},
+        metavar="LEN:N,...",
+        help="also write needle samples: 128:4000,256:2000 = 4000 of 128 tokens, 2000 of 256",
+    )
+    prep.add_argument("--held-out", type=float, default=0.02, metavar="SHARE", help="share of held-out documents [0.02]")
+    prep.add_argument("--seed", type=int, default=0, help="of the needle samples [0]")
+    prep.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one per core [0]")
+    prep.add_argument("--skip-bad", action="store_true", help="count broken records instead of stopping at the first")
+    prep.add_argument("--max-mib", type=float, default=0.0, metavar="M", help="read at most this much text; 0 = all [0]")
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    train = commands.add_parser("train", parents=[common], allow_abbrev=False, help="train", epilog=_OVERRIDES)
+    train.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: go on from the run folder's newest intact checkpoint, if it has one; never: start in an unused "
+        "folder; PATH: go on from that run or checkpoint folder [auto]",
+    )
+    train.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    evaluations = commands.add_parser("eval", help="evaluate a checkpoint").add_subparsers(
+        dest="evaluation", required=True, metavar="EVALUATION"
+    )
+    niah = evaluations.add_parser(
+        "niah", parents=[common], allow_abbrev=False, help="needle in a haystack: a grid of lengths and depths",
+        epilog=_OVERRIDES,
+    )  # fmt: skip
+    niah.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder (newest checkpoint) or checkpoint")
+    niah.add_argument("--lengths", type=int, nargs="+", metavar="L", help="context lengths in tokens [niah.lengths]")
+    niah.add_argument("--depths", type=int, metavar="N", help="depths from 0 to 100 percent [niah.depths]")
+    niah.add_argument("--samples", type=int, metavar="N", help="samples per cell [niah.samples]")
+    niah.add_argument(
+        "--attentions",
+        nargs="+",
+        choices=("moba", "full", "random"),
+        default=["moba", "full", "random"],
+        help="attentions to score under [all three]; random = MoBA with random picks, the control",
+    )
+    niah.add_argument("--out", type=Path, metavar="DIR", help="folder for niah.jsonl and niah.png [the run folder]")
+    niah.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    plan = commands.add_parser(
+        "plan", parents=[common], allow_abbrev=False, help="show what a configuration will do", epilog=_OVERRIDES
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    plan.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    report = commands.add_parser("report", parents=[common], allow_abbrev=False, help="write a run's HTML report")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("--out", type=Path, metavar="FILE", help="file to write [RUN/report.html]")
+
+
+def parse_needles(text: str) -> dict[int, int]:
+    """ "128:4000,256:2000" -> {128: 4000, 256: 2000}; ArgumentTypeError when it does not read like that."""
+    needles: dict[int, int] = {}
+    for part in filter(None, text.split(",")):
+        length, _, count = part.partition(":")
+        if not (length.isdecimal() and count.isdecimal() and int(length) > 0 and int(count) > 0):
+            raise argparse.ArgumentTypeError(f"{part!r} is not LENGTH:SAMPLES, two whole numbers (128:4000)")
+        needles[int(length)] = int(count)
+    return needles
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.command in ("prep", "report") and overrides:
+        fix = f"moba-train {args.command} --help lists the options"
+        raise ConfigError("unknown option", where="command line", got=" ".join(overrides), fix=fix)
+    if args.command == "prep":
+        return _prep(args)
+    if args.command == "report":
+        return _report_run(args)
+    if args.command == "eval":
+        return _niah(args, overrides)
+    from moba_train.config.load import load_config
+
+    if args.help_config:
+        overrides = ["--help"]
+    config = load_config(args.config, overrides)
+    if args.command == "plan":
+        from moba_train.plan_view import build_plan, render_plan
+
+        print(render_plan(build_plan(config), config), end="")
+        return EXIT_DONE
+    from moba_train.commands.train import run_train
+
+    return run_train(config, resume=args.resume)
+
+
+def _prep(args: argparse.Namespace) -> int:
+    from moba_train.commands.prep import run_prep
+
+    return run_prep(
+        sources=tuple(args.sources) or ("stdlib",),
+        out=args.out,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        needles=args.needles,
+        held_out=args.held_out,
+        seed=args.seed,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+        max_mib=args.max_mib,
+    )
+
+
+def _report_run(args: argparse.Namespace) -> int:
+    from moba_train.commands.report import run_report
+
+    return run_report(args.run, out=args.out)
+
+
+def _niah(args: argparse.Namespace, overrides: list[str]) -> int:
+    from moba_train.commands.niah import run_niah_command
+
+    words = list(overrides)
+    for name in ("lengths", "depths", "samples"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--niah.{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    if args.help_config:
+        words = ["--help"]
+    return run_niah_command(args.path, words, attentions=tuple(args.attentions), out=args.out)
+
+
+def _report(error: UserError, *, debug: bool) -> None:
+    """Print the message, on rank 0 alone when all ranks fail."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_OTHER_RANK_WAIT_S)
+    if debug:
+        traceback.print_exception(error)
+    name = "moba-train" if rank == "0" else f"moba-train (rank {rank})"
+    print(f"{name}: error: {error.message()}", file=sys.stderr, flush=True)
