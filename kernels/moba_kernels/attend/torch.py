@@ -91,7 +91,7 @@ def _count(batch: TileBatch, shape: Shape, tally: PairTally) -> None:
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[T,H,D] -> [T*H + 1, D] in `dtype`, with a zero row for the padding."""
     rows = x.new_zeros((x.shape[0] * x.shape[1] + 1, *x.shape[2:]), dtype=dtype)
-    rows[:-1] = x.reshape(-1, *x.shape[2:])
+    rows[:-1] = x.flatten(0, 1)
     return rows
 
 
@@ -109,7 +109,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
     acc = accumulate_dtype(q_THD)
     num_queries, num_heads, _ = q_THD.shape
     shape = Shape(num_queries, k_SKD.shape[0], num_heads, k_SKD.shape[1])
-    queries, keys, values = _rows(q_THD, acc), k_SKD.reshape(-1, k_SKD.shape[2]), v_SKD.reshape(-1, v_SKD.shape[2])
+    queries, keys, values = _rows(q_THD, acc), k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
     out = q_THD.new_zeros((shape.pad_row + 1, v_SKD.shape[2]), dtype=acc)
     lse = q_THD.new_full((shape.pad_row + 1,), -torch.inf, dtype=acc)
     for batch in _batches(call, shape, q_THD.device, tally):
@@ -127,7 +127,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         tile_out.div_(total if batch.seen_NM1 is None else torch.where(total == 0, 1.0, total))
         tile_lse = top.add_(total.log()).flatten()
         _merge_(out, lse, tile_out.flatten(0, 1), tile_lse, batch)
-    return Partial(out[:-1].view(num_queries, num_heads, -1), lse[:-1].view(num_queries, num_heads))
+    return Partial(out[:-1].view(num_queries, num_heads, v_SKD.shape[2]), lse[:-1].view(num_queries, num_heads))
 
 
 def _merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor, batch: TileBatch) -> None:
@@ -165,7 +165,7 @@ def attend_partial_backward(
     # A row with no key at all has lse -inf; 0 keeps its (masked) weights finite.
     lse = _rows(torch.where(lse_TH == -torch.inf, 0.0, lse_TH).unsqueeze(-1), acc)
     delta = _rows(delta_TH.unsqueeze(-1), acc)
-    keys, values = k_SKD.reshape(-1, k_SKD.shape[2]), v_SKD.reshape(-1, v_SKD.shape[2])
+    keys, values = k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
     dq = torch.zeros_like(queries)
     dk, dv = torch.zeros_like(keys, dtype=acc), torch.zeros_like(values, dtype=acc)
     for batch in _batches(call, shape, q_THD.device, None):

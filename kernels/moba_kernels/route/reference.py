@@ -21,7 +21,7 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
     num_kv_heads = mean_CKD.shape[1]
     queries = q_THD.double()
     if spec.select == "group":
-        queries = queries.view(num_queries, num_kv_heads, -1, queries.shape[-1]).sum(2)
+        queries = queries.view(num_queries, num_kv_heads, num_heads // num_kv_heads, queries.shape[-1]).sum(2)
     routed = spec.routed_heads(num_heads, num_kv_heads)
     picks = torch.full((num_queries, routed, stored_picks(spec, pack)), -1, dtype=torch.int64)
     positions = range(num_queries) if q_positions is None else q_positions.tolist()

@@ -1,0 +1,156 @@
+"""Refusals and reports: what a caller is told."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import moba_kernels
+from moba_kernels import (
+    BackendError,
+    ExecutionReport,
+    Full,
+    MoBA,
+    Pack,
+    PairTally,
+    Routing,
+    attend,
+    attend_partial,
+    pool_sums,
+    route,
+    route_means,
+)
+
+from .inputs import make_qkv
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_a_backend_that_is_not_built_refuses_with_every_reason(backend):
+    q, k, v, _ = make_qkv([0, 16])
+    for call in (
+        lambda: attend(q, k, v, MoBA(4, 2), backend=backend),
+        lambda: attend(q, k, v, Full(), backend=backend),
+        lambda: route(q, k, MoBA(4, 2), backend=backend),
+    ):
+        with pytest.raises(BackendError, match="not part of this build") as caught:
+            call()
+        assert caught.value.backend == backend and len(caught.value.reasons) == 2
+        assert "fix:" in str(caught.value)
+    assert pickle.loads(pickle.dumps(caught.value)).reasons == caught.value.reasons
+
+
+def test_an_unknown_backend_is_a_value_error_that_lists_the_known_ones():
+    q, k, v, _ = make_qkv([0, 16])
+    with pytest.raises(ValueError, match="allowed: 'auto', 'reference', 'torch', 'triton', 'flash'"):
+        attend(q, k, v, Full(), backend="cuda")
+
+
+def test_no_public_function_swallows_unknown_arguments():
+    q, k, v, _ = make_qkv([0, 16])
+    with pytest.raises(TypeError):
+        attend(q, k, v, Full(), mask=None)  # type: ignore[call-arg]
+    functions = [x for name, x in vars(moba_kernels).items() if name in moba_kernels.__all__ and inspect.isfunction(x)]
+    assert len(functions) >= 10
+    for function in functions:
+        kinds = {p.kind for p in inspect.signature(function).parameters.values()}
+        assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, function
+
+
+def bad_calls():
+    q, k, v, _ = make_qkv([0, 16], dtype=torch.float32)
+    spec = MoBA(4, 2)
+    routing = route(q, k, spec)
+    pack = Pack([0, 16])
+    return {
+        "q is 4-D": (lambda: attend(q[None], k, v, spec), "tokens, heads, dim"),
+        "k has another dim": (lambda: attend(q, k[..., :8], v, spec), "head dim"),
+        "v has other tokens": (lambda: attend(q, k, v[:8], spec), "k's tokens"),
+        "k has other tokens": (lambda: attend(q, k[:8], v[:8], Full()), "all 16 tokens"),
+        "mixed dtypes": (lambda: attend(q, k.double(), v, spec), "dtype"),
+        "integer q": (lambda: attend(q.long(), k.long(), v.long(), spec), "float"),
+        "another device": (lambda: attend(q, k.to("meta"), v, spec), "device"),
+        "heads do not divide": (lambda: attend(q[:, :3], k, v, spec), "multiple"),
+        "spec is a string": (lambda: attend(q, k, v, "full"), "spec must be"),
+        "cu_seqlens ends early": (lambda: attend(q, k, v, spec, cu_seqlens=[0, 8]), "must end at 16"),
+        "cu_seqlens falls": (lambda: attend(q, k, v, spec, cu_seqlens=[0, 12, 8, 16]), "must not fall"),
+        "pack of another row": (lambda: attend(q, k, v, spec, cu_seqlens=Pack([0, 8])), "must end at 16"),
+        "routing under Full": (lambda: attend(q, k, v, Full(), routing=routing), "MoBA only"),
+        "routing of another spec": (lambda: attend(q, k, v, MoBA(4, 3), routing=routing), "made under"),
+        "routing of another row": (lambda: attend(q, k, v, spec, cu_seqlens=[0, 8, 16], routing=routing), "made for"),
+        "routing of other heads": (lambda: attend(q[:, :2], k, v, spec, routing=routing), "must cover"),
+        "route under Full": (lambda: route(q, k, Full()), "MoBA spec"),
+        "partial without routing": (lambda: attend_partial(q, k, v, spec, pack=pack), "needs a routing"),
+        "positions fall": (
+            lambda: attend_partial(q[:2], k, v, Full(), pack=pack, q_positions=torch.tensor([4, 3])),
+            "ascend",
+        ),
+        "positions beyond the row": (
+            lambda: pool_sums(k[:2], pack=pack, chunk_size=4, k_positions=torch.tensor([3, 16])),
+            "ascend",
+        ),
+        "int32 positions": (
+            lambda: attend_partial(q[:1], k, v, Full(), pack=pack, q_positions=torch.tensor([4], dtype=torch.int32)),
+            "int64",
+        ),
+        "means of another chunk size": (
+            lambda: route_means(q, torch.zeros(2, 2, 16), spec, pack=pack),
+            "means must be",
+        ),
+        "bf16 means": (lambda: route_means(q, torch.zeros(4, 2, 16).bfloat16(), spec, pack=pack), "fp32"),
+        "picks of the wrong rank": (lambda: Routing(torch.zeros(16, 1), spec, pack), "picks must be"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_calls())
+def test_a_bad_argument_is_refused_with_what_got_and_fix(case):
+    call, message = bad_calls()[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "got" in str(caught.value) and "fix:" in str(caught.value)
+
+
+def test_the_report_catches_a_routing_with_fewer_picks_than_planned():
+    q, k, v, _ = make_qkv([0, 32])
+    routing = route(q, k, MoBA(8, 3))
+    ids = routing.chunk_ids.clone()
+    ids[31, 0, 2] = -1
+    forced = Routing.from_chunk_ids(ids, MoBA(8, 3), Pack([0, 32]))
+    report = attend(q, k, v, MoBA(8, 3), routing=forced).report
+    assert report.computed_pairs == report.planned_pairs - 8
+    with pytest.raises(RuntimeError, match="planned"):
+        report.raise_if_different()
+    attend(q, k, v, MoBA(8, 3), routing=routing).report.raise_if_different()
+
+
+def test_the_report_bounds_wasted_work():
+    q, k, v, _ = make_qkv([0, 256], heads=2, kv_heads=1)
+    report = attend(q, k, v, MoBA(16, 3)).report
+    report.check(tile_padding=2.0)
+    with pytest.raises(RuntimeError, match="multiplied out"):
+        report.check(tile_padding=1.0)
+
+
+def test_the_tally_is_read_only_when_asked():
+    tally = PairTally()
+    tally.add(torch.tensor(5), 8)
+    tally.add(torch.tensor(2), 4)
+    report = ExecutionReport("torch", 7, tally)
+    assert (report.computed_pairs, report.scored_pairs) == (7, 12)
+
+
+def test_routing_is_returned_only_on_request():
+    q, k, v, _ = make_qkv([0, 16])
+    assert attend(q, k, v, MoBA(4, 2)).routing is None
+    assert attend(q, k, v, MoBA(4, 2), return_routing=True).routing.equals(route(q, k, MoBA(4, 2)))
+    assert attend(q, k, v, Full(), return_routing=True).routing is None
+
+
+def test_a_routing_frozen_from_an_earlier_call_is_the_one_used():
+    q, k, v, _ = make_qkv([0, 32])
+    first = attend(q, k, v, MoBA(4, 2), return_routing=True)
+    second = attend(-q, k, v, MoBA(4, 2), routing=first.routing, return_routing=True)
+    assert second.routing is first.routing
+    assert not attend(-q, k, v, MoBA(4, 2), return_routing=True).routing.equals(first.routing)
