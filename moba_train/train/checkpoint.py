@@ -222,7 +222,7 @@ def check_identity(path: Path, state: dict[str, Any], identity: Identity) -> Non
 @contextmanager
 def _disk_errors(final: Path) -> Iterator[None]:
     """Turn what a full or read-only disk raises into a message; BaseException subclasses of PyTorch included."""
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield

@@ -14,9 +14,13 @@ A matrix multiplication with P weights costs 2 P per token forward and 4 P backw
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from moba_train.config.schema import ModelConfig
+from moba_train.config.schema import ModelConfig, StageConfig
+from moba_train.model.plan import full_layer_numbers
 
 PEAK_TFLOPS = (
     # (device name contains, bf16 dense, fp32 without tensor cores), from the vendors' data sheets
@@ -123,3 +127,26 @@ def document_gate_scores(length: int, *, chunk_size: int) -> int:
     """(query, chunk) scores per head of one document: each query looks at every chunk that ends before its own."""
     whole, tail = divmod(length, chunk_size)
     return chunk_size * (whole * (whole - 1) // 2) + tail * whole
+
+
+def row_pairs(model: ModelConfig, stage: StageConfig, cu_seqlens: Sequence[int]) -> PairCounts:
+    """Attention work of one packed row in a stage, over all layers, for one head.
+
+    Args:
+        cu_seqlens: document boundaries of the row, from 0 to its length; padding counts as the document that it is.
+    """
+    lengths = Counter(end - start for start, end in pairwise(cu_seqlens))
+    full_layers = len(full_layer_numbers(stage.full_layers, model.num_layers))
+    moba_layers = 0 if stage.attention == "full" else model.num_layers - full_layers
+    causal = sum(times * (length * (length + 1) // 2) for length, times in lengths.items())
+    attended, scores = 0, 0
+    if moba_layers:
+        for length, times in lengths.items():
+            attended += times * document_pairs(length, chunk_size=stage.chunk_size, topk=stage.topk)
+            scores += times * document_gate_scores(length, chunk_size=stage.chunk_size)
+    return PairCounts(
+        attended=moba_layers * attended + (model.num_layers - moba_layers) * causal,
+        causal=model.num_layers * causal,
+        gate=moba_layers * scores if stage.select == "head" else 0,
+        gate_group=moba_layers * scores if stage.select == "group" else 0,
+    )

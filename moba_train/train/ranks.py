@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from moba_train.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -43,7 +45,7 @@ def from_rank_0(compute: Callable[[], T]) -> T:
         try:
             box[0] = (compute(), None)
         except Exception as error:  # re-raised below, on every rank: a lone failure would leave the others waiting
-            box[0] = (None, error)
+            box[0] = (None, _portable(error))
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     value, failure = box[0]
@@ -59,11 +61,18 @@ def on_all_ranks(compute: Callable[[], T]) -> T:
     try:
         value = compute()
     except Exception as error:  # re-raised below, on every rank: a lone failure would leave the others waiting
-        failure = error
+        failure = _portable(error)
     for error_of_rank in gather_all(failure):
         if error_of_rank is not None:
             raise error_of_rank
     return value  # type: ignore[return-value]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it certainly survives pickling, else its text."""
+    if dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(error, (UserError, OSError)):
+        return RuntimeError(f"{type(error).__name__} on rank {dist.get_rank()}: {error}")
+    return error
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:

@@ -1,0 +1,90 @@
+"""From a finished step to its record: the numbers of metrics.jsonl, computed once and in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moba_train.config.schema import ModelConfig, StageConfig
+from moba_train.data.row import Row
+from moba_train.engine.base import StepResult
+from moba_train.train import ranks
+from moba_train.train.flops import PairCounts, row_pairs, step_flops
+from moba_train.train.metrics import peak_memory_gib
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What it takes to turn a step's time and rows into throughput, FLOPs and density.
+
+    Attributes:
+        model: shape of the model.
+        full_recompute: engine.recompute == "full".
+        world_size: ranks of the job.
+        replicas: ranks that hold one and the same row (tp * cp * pp).
+        device: of this rank.
+        peak_tflops: peak of one device; None = unknown, MFU is left out.
+    """
+
+    model: ModelConfig
+    full_recompute: bool
+    world_size: int
+    replicas: int
+    device: torch.device
+    peak_tflops: float | None
+
+    def agree(self, stop_wish: bool, stage: StageConfig, rows: Sequence[Row]) -> tuple[bool, PairCounts]:
+        """The one collective that a step adds: does any rank wish to stop, and the step's attention work.
+
+        Args:
+            stop_wish: this rank received a signal.
+            rows: this data-parallel rank's rows of the step.
+        """
+        mine = PairCounts()
+        for row in rows:
+            mine = mine + row_pairs(self.model, stage, row.cu_seqlens)
+        values = [float(stop_wish), mine.attended, mine.causal, mine.gate, mine.gate_group]
+        wish, *pairs = ranks.sum_over_ranks(values, self.device)
+        return wish > 0, PairCounts(*(value / self.replicas for value in pairs))
+
+    def performance(self, *, step_time_s: float, num_tokens: int, pairs: PairCounts) -> dict[str, float]:
+        """The `perf/*`, `train/density` and `memory/*` numbers of a step; TFLOP/s are per rank."""
+        flops = step_flops(self.model, num_tokens=num_tokens, pairs=pairs, full_recompute=self.full_recompute)
+        rank_seconds = step_time_s * self.world_size
+        tera = 1e12 * rank_seconds
+        numbers = {
+            "perf/step_time_s": step_time_s,
+            "perf/tokens_per_s": num_tokens / step_time_s,
+            "perf/tokens_per_s_per_rank": num_tokens / rank_seconds,
+            "perf/tflops": flops.model / tera,
+            "perf/tflops_gate": flops.gate / tera,
+            "perf/tflops_with_recompute": flops.with_recompute / tera,
+            "perf/tflops_dense_equivalent": flops.dense_equivalent / tera,
+            "train/density": pairs.density,
+            "memory/peak_gib": peak_memory_gib(self.device),
+        }
+        if self.peak_tflops is not None:
+            numbers["perf/mfu"] = numbers["perf/tflops"] / self.peak_tflops
+        return numbers
+
+
+def step_record(
+    *, step: int, stage: StageConfig, stage_index: int, tokens: int, lr: float, result: StepResult
+) -> dict[str, Any]:
+    """Position, loss, learning rate and routing of a step. `step` counts finished steps, this one included."""
+    record: dict[str, Any] = {
+        "step": step,
+        "stage": stage.name,
+        "stage_index": stage_index,
+        "tokens": tokens,
+        "train/loss": result.loss,
+        "train/lr": lr,
+        "train/grad_norm": result.grad_norm,
+        "train/loss_tokens": result.num_loss_tokens,
+    }
+    if result.skipped:
+        record["train/bad"] = True
+    return record | {f"moba/{name}": value for name, value in result.routing.items()}
