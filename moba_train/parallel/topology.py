@@ -12,10 +12,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from moba_train.config.schema import ParallelConfig
 from moba_train.errors import BackendError, ConfigError
+from moba_train.quiet import quiet_imports
+
+with quiet_imports():
+    from megatron.core import parallel_state
 
 # What torchrun (or srun with a wrapper) sets for every rank; all of them or none.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -113,20 +116,17 @@ def data_parallel_degree(parallel: ParallelConfig, world_size: int) -> int:
     for name in ("tp", "cp", "pp", "dp"):
         degree = getattr(parallel, name)
         if degree != "auto" and degree < 1:
-            fix = "use 1 for a dimension that is not parallel"
-            raise ConfigError(
-                f"{name} must be at least 1", where=f"parallel.{name}", got=degree, allowed=">= 1", fix=fix
-            )
+            what, fix = f"{name} must be at least 1", "use 1 for a dimension that is not parallel"
+            raise ConfigError(what, where=f"parallel.{name}", got=degree, allowed=">= 1", fix=fix)
     model_ranks = parallel.tp * parallel.cp * parallel.pp
     dp = max(1, world_size // model_ranks) if parallel.dp == "auto" else parallel.dp
     if world_size != model_ranks * dp:
+        multiple = f"a multiple of tp * cp * pp = {model_ranks}"
         raise ConfigError(
             "the number of ranks does not fit the parallel degrees",
             where="[parallel]",
             got=f"{world_size} ranks; tp={parallel.tp}, cp={parallel.cp}, pp={parallel.pp}, dp={parallel.dp}",
-            allowed=f"a multiple of tp * cp * pp = {model_ranks}"
-            if parallel.dp == "auto"
-            else f"{model_ranks * dp} ranks",
+            allowed=multiple if parallel.dp == "auto" else f"{model_ranks * dp} ranks",
             fix=f"launch with `torchrun --nproc-per-node {model_ranks * dp}`, or change tp, cp, pp or dp",
         )
     return dp
@@ -175,4 +175,4 @@ def _join(env: dict[str, str], device: torch.device, timeout_s: float) -> None:
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]

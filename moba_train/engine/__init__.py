@@ -1,0 +1,1 @@
+"""Engines: who owns the model shards, the optimizer and the step."""

@@ -1,0 +1,272 @@
+"""The default engine: a Megatron-core GPT under Megatron's DDP and distributed optimizer.
+
+One step: each row of this data-parallel rank is sharded over context-parallel ranks and runs through Megatron's schedule
+as one micro-batch; losses are summed, not averaged, so that after the reduction over data- and context-parallel ranks the
+gradient is that of sum(loss * mask) / sum(mask) over all tokens of the step, however they were packed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moba_train.config.schema import EngineConfig, ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
+from moba_train.data.row import Row
+from moba_train.engine.base import AttentionMode, RowScores, StepResult
+from moba_train.engine.local_row import LocalRow, RowPlan
+from moba_train.engine.megatron_optimizer import build_optimizer, step, wrap_data_parallel
+from moba_train.engine.megatron_score import broadcast_from_last_stage, picks_at, token_scores
+from moba_train.errors import BackendError
+from moba_train.model import megatron_cpu
+from moba_train.model.gpt import build_gpt
+from moba_train.model.plan import attention_plan, count_parameters
+from moba_train.model.routing_stats import routing_numbers, routing_totals
+from moba_train.model.row_context import RandomPicks, RowContext
+from moba_train.parallel.shard import Layout
+from moba_train.parallel.topology import Topology, init_topology
+from moba_train.quiet import ignore_known_advice, quiet_imports
+
+with quiet_imports():
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+class MegatronEngine:
+    """Implements `moba_train.engine.base.Engine`; see there for the meaning of every method.
+
+    Args:
+        model: shape of the transformer.
+        stages: the schedule; stage 0 is current after construction.
+        engine: precision, recompute, attention backend, distributed optimizer.
+        optimizer: AdamW.
+        topology: process groups and device of this rank.
+        seed: of the initial weights and of random routing.
+        layout, transport: how rows are sharded and how keys and values reach queries.
+
+    Raises ConfigError where the mesh does not divide the model.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        stages: tuple[StageConfig, ...],
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        topology: Topology,
+        *,
+        seed: int,
+        layout: Layout,
+        transport: str,
+    ) -> None:
+        ignore_known_advice()
+        self.topology = topology
+        self._model = model
+        self._stages = stages
+        self._engine = engine
+        self._clip_grad = optimizer.clip_grad
+        self._seed = seed
+        self._layout = layout
+        self._transport = transport
+        self._gpt = build_gpt(model, engine, topology, seed=seed)
+        self._ddp = wrap_data_parallel(self._gpt, self._gpt.config, engine)
+        self._optimizer = build_optimizer(self._ddp, optimizer, engine)
+        megatron_cpu.adapt_megatron()  # once more: the set-up imported further modules
+        self._schedule = get_forward_backward_func()
+        self.set_stage(0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, over all ranks."""
+        return count_parameters(self._model)
+
+    def set_stage(self, index: int) -> None:
+        """Switch attention plan and RoPE to stage `index`; weights and optimizer state stay. IndexError beyond the last."""
+        if not 0 <= index < len(self._stages):
+            raise IndexError(f"stage index must lie in 0..{len(self._stages) - 1}; got {index}")
+        self._stage = self._stages[index]
+
+    def train_step(self, rows: Sequence[Row], *, lr: float, collect_routing: bool = False) -> StepResult:
+        """Accumulate gradients over this data-parallel rank's rows, then step once with learning rate `lr`.
+
+        Every data-parallel rank passes the same number of rows, at least one. A loss or gradient norm that is not finite,
+        on any rank, leaves weights and optimizer state untouched on all (`skipped`). `collect_routing` looks at the first
+        row of each data-parallel rank.
+        """
+        if not rows:
+            raise ValueError("train_step needs at least one row; got none; fix: give every data-parallel rank a row")
+        contexts: list[RowContext] = []
+
+        def local_rows() -> Iterator[LocalRow]:
+            recompute = self._engine.recompute == "full"
+            for index, row in enumerate(rows):
+                watched = collect_routing and index == 0
+                local = self._row_plan("stage").local_row(row, self.topology, keep_routing=watched or recompute)
+                if watched:
+                    contexts.append(local.context)
+                yield local
+
+        self._ddp.train()
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        sums = self._run(local_rows(), len(rows), rows[0].tokens_S.size, _summed_loss, forward_only=False)
+        totals = torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(totals, group=self.topology.dp_cp_group)
+        loss_sum, num_tokens = broadcast_from_last_stage(totals, self.topology).tolist()
+        loss = loss_sum / num_tokens if num_tokens else math.nan
+        norm, taken = step(self._optimizer, lr=lr, clip_grad=self._clip_grad, loss_is_finite=math.isfinite(loss))
+        routing = self._routing_numbers(contexts) if collect_routing else {}
+        return StepResult(loss, int(num_tokens), norm, not taken, routing)
+
+    def score(self, row: Row, *, attention: AttentionMode = "stage", query_positions: Sequence[int] = ()) -> RowScores:
+        """Evaluate one row without gradients. Collective over the model's ranks (tensor, context, pipeline parallel).
+
+        IndexError for a query position outside the row.
+        """
+        outside = [position for position in query_positions if not 0 <= position < row.tokens_S.size]
+        if outside:
+            raise IndexError(f"query_positions must lie in 0..{row.tokens_S.size - 1}; got {outside[:4]}")
+        random = RandomPicks(self._seed, self.topology.tp_rank) if attention == "random" else None
+        local = self._row_plan(attention).local_row(
+            row, self.topology, keep_routing=bool(query_positions), random_picks=random
+        )
+        self._ddp.eval()
+        with torch.no_grad():
+            last = partial(_scores, topology=self.topology)
+            found = self._run(iter([local]), 1, row.tokens_S.size, last, forward_only=True)
+        self._ddp.train()
+        device, num_tokens = self.topology.device, row.tokens_S.size
+        log_prob_T, argmax_T = (
+            found[0]
+            if found
+            else (
+                torch.zeros(num_tokens, dtype=torch.float32, device=device),
+                torch.zeros(num_tokens, dtype=torch.int64, device=device),
+            )
+        )
+        log_prob = broadcast_from_last_stage(log_prob_T, self.topology).cpu().numpy()
+        argmax = broadcast_from_last_stage(argmax_T, self.topology).cpu().numpy()
+        picks = picks_at(local.context, query_positions, self.topology) if query_positions else {}
+        return RowScores(log_prob, argmax, picks)
+
+    def sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        """Model and optimizer state for `megatron.core.dist_checkpointing`, loadable by any other mesh. Collective."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "dp_cp_group": self.topology.dp_cp_group,
+        }
+        with megatron_cpu.cuda_calls_on_cpu():
+            model = self._gpt.sharded_state_dict(metadata=metadata)
+            optimizer = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `megatron.core.dist_checkpointing.load` returned for `sharded_state_dict(is_loading=True)`."""
+        with megatron_cpu.cuda_calls_on_cpu():
+            self._gpt.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _row_plan(self, attention: AttentionMode) -> RowPlan:
+        return RowPlan(
+            specs=attention_plan(self._model, self._stage, attention),
+            rope=self._stage.rope,
+            head_dim=self._model.head_dim,
+            layout=self._layout,
+            transport=self._transport,
+            backend=self._engine.attention_backend,
+        )
+
+    def _run(
+        self,
+        rows: Iterator[LocalRow],
+        num_rows: int,
+        seq_len: int,
+        on_output: Callable[..., Any],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Megatron's schedule over rows; what `on_output` gave for each, on the last pipeline rank (elsewhere: empty)."""
+        return self._schedule(
+            forward_step_func=partial(_forward, on_output=on_output, with_labels=not forward_only),
+            data_iterator=rows,
+            model=[self._ddp],
+            num_microbatches=num_rows,
+            seq_length=seq_len,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _routing_numbers(self, contexts: list[RowContext]) -> dict[str, float]:
+        routings = contexts[0].routings
+        totals = routing_totals(routings, self.topology.cp_group, self.topology.device)
+        dist.all_reduce(totals)  # CP ranks hold equal vectors, so means over all ranks are means over layers and heads
+        return routing_numbers(totals)
+
+
+def _forward(
+    rows: Iterator[LocalRow], module: torch.nn.Module, *, on_output: Callable[..., Any], with_labels: bool
+) -> tuple[Tensor, Callable[..., Any]]:
+    """One row through this rank's part of the model, in the form that Megatron's schedules ask for."""
+    local = next(rows)
+    labels = local.labels if with_labels else None
+    output = module(local.tokens, None, None, labels=labels, packed_seq_params=local.context)
+    return output, partial(on_output, local)
+
+
+def _summed_loss(local: LocalRow, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token losses [1,S] -> (their masked sum, counted tokens, both in fp64 for the report)."""
+    loss_sum = (losses.float() * local.loss_mask).sum()
+    num_tokens = local.loss_mask.sum()
+    report = torch.stack([loss_sum.detach().double(), num_tokens.double()])
+    return loss_sum, num_tokens.to(torch.int), report
+
+
+def _scores(local: LocalRow, logits: Tensor, *, non_loss_data: bool, topology: Topology) -> tuple[Tensor, Tensor]:
+    assert non_loss_data
+    return token_scores(logits, local, topology)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """engine.device -> the device. BackendError when CUDA is asked for and there is none."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "CUDA is asked for, and this machine has none",
+            where="engine.device",
+            got=wanted,
+            allowed='"auto", "cpu"',
+            fix='set engine.device = "auto"',
+        )
+    return torch.device("cuda")
+
+
+def build_engine(
+    model: ModelConfig,
+    stages: tuple[StageConfig, ...],
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    parallel: ParallelConfig,
+    *,
+    seed: int,
+) -> MegatronEngine:
+    """Join the other ranks, then build the engine. Raises ConfigError or BackendError; see `init_topology`."""
+    topology = init_topology(parallel, device=choose_device(engine.device), timeout_s=engine.timeout_s)
+    return MegatronEngine(
+        model,
+        stages,
+        engine,
+        optimizer,
+        topology,
+        seed=seed,
+        layout=parallel.layout,
+        transport=parallel.transport,
+    )
+
+
+__all__ = ["MegatronEngine", "build_engine", "choose_device"]

@@ -1,0 +1,99 @@
+"""Megatron's data parallelism and optimizer, set up; and a step that leaves the weights alone when a number is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moba_train.config.schema import EngineConfig, OptimizerConfig
+from moba_train.model import megatron_cpu
+from moba_train.quiet import quiet_imports
+
+with quiet_imports():
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def wrap_data_parallel(gpt: nn.Module, config: TransformerConfig, engine: EngineConfig) -> DistributedDataParallel:
+    """Megatron's DDP over data- and context-parallel ranks; gradients are accumulated and reduced in fp32."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=engine.distributed_optimizer,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,  # `step` does, without ending the run
+    )
+    megatron_cpu.adapt_megatron()
+    ddp = DistributedDataParallel(config, ddp_config, gpt)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+def build_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, engine: EngineConfig) -> MegatronOptimizer:
+    """AdamW with fp32 master weights; its state exists from the start, so that step 0 can be saved like any other."""
+    bf16 = engine.precision == "bf16"
+    settings = megatron_optimizer.OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        decoupled_weight_decay=True,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        clip_grad=config.clip_grad,
+        use_distributed_optimizer=engine.distributed_optimizer,
+    )
+    with megatron_cpu.cuda_calls_on_cpu():
+        optimizer = megatron_optimizer.get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False)
+    for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler, which is not used here
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        for parameter in group["params"]:
+            _create_state(optimizer, parameter)
+    return optimizer
+
+
+def _create_state(optimizer: MegatronOptimizer, parameter: torch.Tensor) -> None:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        torch_optimizer = part.optimizer
+        if any(parameter is held for group in torch_optimizer.param_groups for held in group["params"]):
+            torch_optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+@torch.no_grad()
+def step(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, loss_is_finite: bool) -> tuple[float, bool]:
+    """Clip and step with the gradients that the backward pass left.
+
+    Returns (global gradient norm before clipping, whether the step was taken). It is not taken, and weights and optimizer
+    state stay as they are, when the loss or the norm is not finite; both are reduced over ranks, so all ranks agree.
+    Reads the norm on the host once, as Megatron's own step does.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not loss_is_finite or not _finite(norm):
+        return norm, False
+    if clip_grad > 0 and norm > clip_grad:
+        gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, clip_grad / (norm + 1e-6))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step_with_ready_grads()
+    return norm, True
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+__all__ = ["build_optimizer", "step", "wrap_data_parallel"]

@@ -1,0 +1,1 @@
+"""The model: schema -> Megatron-core GPT whose core attention is ours."""
