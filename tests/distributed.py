@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# After one rank has failed the others are likely to hang in a collective; this long they may report errors of their own.
+# After one rank has failed the others are likely to hang in a collective; this long they may still report.
 GRACE_S = 3.0
 
 
@@ -54,7 +54,7 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 120
         for rank in range(n):
             reader, writer = context.Pipe(duplex=False)
             job = (rank, n, store.port, timeout_s, writer, fn, args)
-            process = context.Process(target=_rank_main, args=job, name=f"rank {rank}", daemon=True)
+            process: BaseProcess = context.Process(target=_rank_main, args=job, name=f"rank {rank}", daemon=True)
             process.start()
             writer.close()  # the child's copy is the only one left, so its death is seen as end of file
             readers[reader] = rank

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_gather
+
 IntArray = npt.NDArray[np.int64]
 Layout = Literal["zigzag", "contiguous"]
 
@@ -41,7 +43,8 @@ def piece_bounds(num_tokens: int, num_ranks: int, layout: Layout) -> IntArray:
     """[pieces + 1] int64: piece i holds tokens bounds[i] .. bounds[i + 1] - 1."""
     pieces = num_pieces(num_ranks, layout)
     index = np.arange(pieces + 1, dtype=np.int64)
-    return index * (num_tokens // pieces) + np.minimum(index, num_tokens % pieces)
+    bounds: IntArray = index * (num_tokens // pieces) + np.minimum(index, num_tokens % pieces)
+    return bounds
 
 
 def piece_owners(num_ranks: int, layout: Layout) -> IntArray:
@@ -111,7 +114,7 @@ def gather_shards(x: Tensor, dim: int, *, num_tokens: int, layout: Layout, group
     longest = longest_shard(num_tokens, num_ranks, layout)
     sent = pad_rows(x.detach().movedim(dim, 0), longest)
     received = sent.new_empty((num_ranks, *sent.shape))
-    dist.all_gather_into_tensor(received.view(-1, *sent.shape[1:]), sent, group=group)
+    all_gather(received.view(-1, *sent.shape[1:]), sent, group=group).wait()
     return unshard(received.unbind(0), 0, num_tokens=num_tokens, layout=layout).movedim(0, dim)
 
 

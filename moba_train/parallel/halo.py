@@ -1,0 +1,121 @@
+"""The few tokens before each piece of a shard: what a causal convolution over a sharded row needs from its neighbours.
+
+Every rank puts the last `halo` tokens of each of its pieces into one small table, the table is all-gathered, and each
+piece takes the tokens before it from there (from several pieces where some are shorter than the halo; zeros before the
+row begins). Backward, gradients of the table are added up in fp32 over all ranks and end with the tokens' owner.
+Documents do not matter here: the convolution masks what lies in another document, as it does inside a shard.
+
+Shape letters: S tokens of the shard, P pieces of a shard (1 contiguous, 2 zigzag), W tokens of the halo, N ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .collectives import all_gather, reduce_scatter
+from .shard import IntArray, Layout, piece_bounds, piece_owners, shard_length, shard_pieces
+
+
+@dataclass(frozen=True)
+class HaloPlan:
+    """Where halo tokens come from, for one rank; a pure function of the row and its cut."""
+
+    sent: IntArray
+    """[P*W] local rows that this rank puts into the table, -1 = no such token (the piece is shorter than the halo)."""
+    taken: IntArray
+    """[P*W] rows of the gathered table [N*P*W] that make up this rank's halos, -1 = before the row begins."""
+
+
+def halo_plan(num_tokens: int, halo: int, *, num_ranks: int, rank: int, layout: Layout) -> HaloPlan:
+    """The plan of `rank`. Slot w of a piece's entry in the table holds the token `halo - w` before the piece's end."""
+    bounds = piece_bounds(num_tokens, num_ranks, layout)
+    owners = piece_owners(num_ranks, layout)
+    pieces_of_rank = len(owners) // num_ranks
+    pieces = shard_pieces(num_tokens, num_ranks, rank, layout)
+    sent, taken, offset = [], [], 0
+    for start, stop in pieces:
+        back = np.arange(halo, 0, -1)
+        sent.append(np.where(back <= stop - start, offset + (stop - start) - back, -1))
+        token = start - back
+        piece = np.clip(np.searchsorted(bounds, token, side="right") - 1, 0, len(owners) - 1)
+        owner = owners[piece]
+        index_of_piece = (piece != owner).astype(np.int64)  # a rank's first piece is the one with its own number
+        slot = halo - (bounds[piece + 1] - token)
+        taken.append(np.where(token >= 0, (owner * pieces_of_rank + index_of_piece) * halo + slot, -1))
+        offset += stop - start
+    return HaloPlan(np.concatenate(sent).astype(np.int64), np.concatenate(taken).astype(np.int64))
+
+
+def key_halo(x: Tensor, halo: int, *, num_tokens: int, layout: Layout, group: dist.ProcessGroup | None) -> Tensor:
+    """The `halo` tokens before each piece of this rank's shard. Collective over `group`; differentiable in `x`.
+
+    Args:
+        x: [S, ...] this rank's shard of a row of `num_tokens` tokens (keys, before the convolution); S may be 0.
+        halo: tokens wanted before each piece, >= 0: the width of the convolution - 1.
+        group: context-parallel group; None or one rank: the halo of a piece is the end of the piece before it.
+    Returns:
+        [P, halo, ...] in x's dtype, pieces in token order as `shard_pieces` lists them; zeros before the row begins.
+        Gradients reach the rank that owns the token, added up in fp32.
+    Raises ValueError when x does not have the length of this rank's shard.
+    """
+    num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    expected = shard_length(num_tokens, num_ranks, rank, layout)
+    if x.shape[0] != expected or halo < 0:
+        raise ValueError(
+            f"x must be the {layout} shard of rank {rank} of {num_ranks}, {expected} of {num_tokens} tokens, and halo "
+            f"at least 0; got {tuple(x.shape)}, halo {halo}; fix: cut the row with moba_train.parallel.shard.shard"
+        )
+    if halo == 0:
+        return x.new_empty((len(shard_pieces(num_tokens, num_ranks, rank, layout)), 0, *x.shape[1:]))
+    plan = halo_plan(num_tokens, halo, num_ranks=num_ranks, rank=rank, layout=layout)
+    out: Tensor = _KeyHalo.apply(x, plan, halo, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _KeyHalo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: HaloPlan, halo: int, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.plan, ctx.group, ctx.shape, ctx.dtype = plan, group, x.shape, x.dtype
+        sent = _take(x, plan.sent)
+        table = sent
+        if group is not None and group.size() > 1 and sent.numel():
+            table = sent.new_empty((group.size() * len(plan.sent), *sent.shape[1:]))
+            all_gather(table, sent, group=group).wait()
+        return _take(table, plan.taken).view(len(plan.taken) // halo, halo, *x.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dhalo: Tensor) -> tuple[Tensor | None, ...]:
+        plan, group = ctx.plan, ctx.group
+        num_ranks = 1 if group is None else group.size()
+        accumulate = torch.float64 if ctx.dtype == torch.float64 else torch.float32
+        dtable = dhalo.new_zeros((num_ranks * len(plan.sent), *ctx.shape[1:]), dtype=accumulate)
+        _put_(dtable, plan.taken, dhalo.flatten(0, 1).to(accumulate))
+        dsent = dtable
+        if num_ranks > 1 and dtable.numel():
+            dsent = dtable.new_empty((len(plan.sent), *ctx.shape[1:]))
+            reduce_scatter(dsent, dtable, group=group).wait()
+        dx = dhalo.new_zeros(ctx.shape, dtype=accumulate)
+        _put_(dx, plan.sent, dsent)
+        return dx.to(ctx.dtype), None, None, None
+
+
+def _take(x: Tensor, rows: IntArray) -> Tensor:
+    """[len(rows), ...]: rows of x, zeros where the row is -1."""
+    taken = x.new_zeros((len(rows), *x.shape[1:]))
+    real = np.flatnonzero(rows >= 0)
+    taken[torch.from_numpy(real).to(x.device)] = x[torch.from_numpy(rows[real]).to(x.device)]
+    return taken
+
+
+def _put_(x: Tensor, rows: IntArray, values: Tensor) -> None:
+    """x[rows] += values in place, -1 = leave out. A row stands twice only where two halos of one rank overlap."""
+    real = np.flatnonzero(rows >= 0)
+    x.index_add_(0, torch.from_numpy(rows[real]).to(x.device), values[torch.from_numpy(real).to(x.device)])
