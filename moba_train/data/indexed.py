@@ -17,7 +17,9 @@ import hashlib
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,7 @@ DTYPES: tuple[tuple[int, str], ...] = ((1, "uint8"), (3, "int16"), (4, "int32"),
 """Integer dtypes by Megatron's code; the float codes (6, 7) hold no tokens."""
 CHECK_SEQUENCES = 1 << 20
 """Sequences checked at a time, so that checking needs bounded memory."""
+MISSING = "run `moba-train prep`, or mend the path in the section [data]"
 REBUILD = "write the pair again (`moba-train prep`) or copy both files again"
 
 
@@ -277,6 +280,64 @@ def _open_spans(prefix: str, num_documents: int) -> NDArray[np.int64] | None:
     return spans
 
 
+class IndexedWriter:
+    """Writes a pair document by document; a context manager. Both files appear on leaving it, whole or not at all.
+
+    Attributes:
+        num_documents: documents added so far.
+        num_tokens: their tokens.
+    """
+
+    def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
+        with warnings.catch_warnings():
+            # megatron.core warns at import that its optional GPU libraries are missing; no concern of a data tool.
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+        self.prefix = str(prefix)
+        self.num_documents = self.num_tokens = 0
+        self._dtype = DType.optimal_dtype(vocab_size)
+        self._make_builder = IndexedDatasetBuilder
+        self._files = ExitStack()
+
+    def __enter__(self) -> IndexedWriter:
+        self._files.__enter__()
+        bin_aside = self._files.enter_context(published(bin_path(self.prefix)))
+        self._idx_aside = self._files.enter_context(published(idx_path(self.prefix)))
+        self._builder = self._make_builder(str(bin_aside), dtype=self._dtype)
+        return self
+
+    def add(self, tokens: NDArray[np.integer] | Sequence[int]) -> None:
+        """Add one document.
+
+        Raises:
+            DataError: it has no token.
+        """
+        if len(tokens) == 0:
+            where = f"{self.prefix}, document {self.num_documents}"
+            raise DataError("a document without tokens cannot be written", where=where)
+        self._builder.add_document(np.asarray(tokens), [len(tokens)])
+        self.num_documents += 1
+        self.num_tokens += len(tokens)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._builder.data_file.close()
+            self._files.__exit__(kind, error, trace)
+            return
+        try:
+            if self.num_documents == 0:
+                raise DataError("nothing to write: there is no document", where=self.prefix, fix="give more text")
+            self._builder.finalize(str(self._idx_aside))
+        except BaseException as caught:
+            self._files.__exit__(type(caught), caught, caught.__traceback__)
+            raise
+        # Spans of an older pair of this name would be applied to the new one.
+        spans_path(self.prefix).unlink(missing_ok=True)
+        self._files.__exit__(None, None, None)
+
+
 def write_indexed(
     prefix: str | Path,
     documents: Iterable[NDArray[np.integer] | Sequence[int]],
@@ -284,7 +345,7 @@ def write_indexed(
     vocab_size: int,
     spans: NDArray[np.int64] | None = None,
 ) -> tuple[int, int]:
-    """Write documents as a pair (and `spans` beside it), each file whole or not at all.
+    """Write documents as a pair, and `spans` (int64 [spans, 3]: document, start, end) beside it.
 
     Returns:
         (documents, tokens) written.
@@ -292,30 +353,15 @@ def write_indexed(
     Raises:
         DataError: no document, or an empty one.
     """
-    with warnings.catch_warnings():
-        # megatron.core warns at import that its optional GPU libraries are missing; no concern of a data tool.
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    num_documents = num_tokens = 0
-    with published(bin_path(prefix)) as bin_aside, published(idx_path(prefix)) as idx_aside:
-        builder = IndexedDatasetBuilder(str(bin_aside), dtype=DType.optimal_dtype(vocab_size))
+    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
         for document in documents:
-            if len(document) == 0:
-                raise DataError(
-                    "a document without tokens cannot be written", where=f"{prefix}, document {num_documents}"
-                )
-            builder.add_document(np.asarray(document), [len(document)])
-            num_documents += 1
-            num_tokens += len(document)
-        if num_documents == 0:
-            raise DataError(
-                "nothing to write: there is no document",
-                where=str(prefix),
-                fix="give more text (the held-out share of a tiny corpus may be empty: raise --held-out)",
-            )
-        builder.finalize(str(idx_aside))
-        spans_path(prefix).unlink(missing_ok=True)
-        if spans is not None:
-            with published(spans_path(prefix)) as aside, open(aside, "wb") as stream:
-                np.save(stream, np.asarray(spans, dtype=np.int64))
-    return num_documents, num_tokens
+            writer.add(document)
+    if spans is not None:
+        write_spans(prefix, spans)
+    return writer.num_documents, writer.num_tokens
+
+
+def write_spans(prefix: str | Path, spans: NDArray[np.int64]) -> None:
+    """Write the answer spans of a pair, int64 [spans, 3]: (document, start, end) sorted by document."""
+    with published(spans_path(prefix)) as aside, open(aside, "wb") as stream:
+        np.save(stream, np.asarray(spans, dtype=np.int64))

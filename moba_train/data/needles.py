@@ -88,7 +88,7 @@ class NeedleText:
                     where=f"tokenizer {tokenizer.path}, word {word!r}",
                     got=repr(decoded),
                     allowed=repr(text),
-                    fix="take a tokenizer without normalisation and without a dummy prefix (`moba-train prep` trains one)",
+                    fix="take a tokenizer that neither normalises nor adds a prefix; `moba-train prep` trains one",
                 )
 
     def pair_text(self, pair: Pair) -> str:

@@ -22,44 +22,11 @@ STDLIB = "stdlib"
 """The built-in source."""
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 TEXT_SUFFIXES = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".rst",
-        ".py",
-        ".pyi",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".cu",
-        ".cuh",
-        ".java",
-        ".js",
-        ".ts",
-        ".go",
-        ".rs",
-        ".rb",
-        ".sh",
-        ".pl",
-        ".lua",
-        ".scala",
-        ".kt",
-        ".swift",
-        ".r",
-        ".jl",
-        ".hs",
-        ".ml",
-        ".tex",
-        ".html",
-        ".css",
-        ".sql",
-        ".json",
-        ".toml",
-        ".yaml",
-        ".yml",
-    ]
+    (
+        *(".txt", ".md", ".rst", ".tex", ".html", ".css", ".json", ".toml", ".yaml", ".yml", ".sql"),
+        *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".ts", ".go", ".rs"),
+        *(".rb", ".sh", ".pl", ".lua", ".scala", ".kt", ".swift", ".r", ".jl", ".hs", ".ml"),
+    )
 )
 """Endings that are read inside a folder; a file that is named itself is read whatever its ending."""
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", ".git", ".venv", "node_modules"})
