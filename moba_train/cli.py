@@ -21,8 +21,8 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
 
-# When rank 0 fails too, its launcher ends the other ranks well within this time; a rank that outlives it has an error of
-# its own, and says so.
+# When rank 0 fails too, the launcher ends the other ranks well within this time; a rank that outlives it has an error
+# of its own, and says so.
 _OTHER_RANK_WAIT_S = 3.0
 
 _OVERRIDES = (
@@ -73,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
-    prep = commands.add_parser("prep", parents=[common], allow_abbrev=False, help="text -> tokenizer and .bin/.idx data")
+    prep = commands.add_parser(
+        "prep", parents=[common], allow_abbrev=False, help="text -> tokenizer and .bin/.idx data"
+    )
     prep.add_argument(
         "sources",
         nargs="*",
@@ -90,11 +92,15 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
         metavar="LEN:N,...",
         help="also write needle samples: 128:4000,256:2000 = 4000 of 128 tokens, 2000 of 256",
     )
-    prep.add_argument("--held-out", type=float, default=0.02, metavar="SHARE", help="share of held-out documents [0.02]")
+    prep.add_argument(
+        "--held-out", type=float, default=0.02, metavar="SHARE", help="share of held-out documents [0.02]"
+    )
     prep.add_argument("--seed", type=int, default=0, help="of the needle samples [0]")
     prep.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one per core [0]")
     prep.add_argument("--skip-bad", action="store_true", help="count broken records instead of stopping at the first")
-    prep.add_argument("--max-mib", type=float, default=0.0, metavar="M", help="read at most this much text; 0 = all [0]")
+    prep.add_argument(
+        "--max-mib", type=float, default=0.0, metavar="M", help="read at most this much text; 0 = all [0]"
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
@@ -118,7 +124,9 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
         "niah", parents=[common], allow_abbrev=False, help="needle in a haystack: a grid of lengths and depths",
         epilog=_OVERRIDES,
     )  # fmt: skip
-    niah.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder (newest checkpoint) or checkpoint")
+    niah.add_argument(
+        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder (newest checkpoint) or checkpoint"
+    )
     niah.add_argument("--lengths", type=int, nargs="+", metavar="L", help="context lengths in tokens [niah.lengths]")
     niah.add_argument("--depths", type=int, metavar="N", help="depths from 0 to 100 percent [niah.depths]")
     niah.add_argument("--samples", type=int, metavar="N", help="samples per cell [niah.samples]")
