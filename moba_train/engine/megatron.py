@@ -1,8 +1,9 @@
 """The default engine: a Megatron-core GPT under Megatron's DDP and distributed optimizer.
 
-One step: each row of this data-parallel rank is sharded over context-parallel ranks and runs through Megatron's schedule
-as one micro-batch; losses are summed, not averaged, so that after the reduction over data- and context-parallel ranks the
-gradient is that of sum(loss * mask) / sum(mask) over all tokens of the step, however they were packed.
+One step: each row of this data-parallel rank is sharded over context-parallel ranks and runs through Megatron's
+schedule as one micro-batch; losses are summed, not averaged, so that after the reduction over data- and
+context-parallel ranks the gradient is that of sum(loss * mask) / sum(mask) over all tokens of the step, however they
+were packed.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ class MegatronEngine:
         return count_parameters(self._model)
 
     def set_stage(self, index: int) -> None:
-        """Switch attention plan and RoPE to stage `index`; weights and optimizer state stay. IndexError beyond the last."""
+        """Switch attention plan and RoPE to stage `index`; weights and optimizer state stay.
+
+        IndexError when there is no such stage.
+        """
         if not 0 <= index < len(self._stages):
             raise IndexError(f"stage index must lie in 0..{len(self._stages) - 1}; got {index}")
         self._stage = self._stages[index]
@@ -93,9 +97,9 @@ class MegatronEngine:
     def train_step(self, rows: Sequence[Row], *, lr: float, collect_routing: bool = False) -> StepResult:
         """Accumulate gradients over this data-parallel rank's rows, then step once with learning rate `lr`.
 
-        Every data-parallel rank passes the same number of rows, at least one. A loss or gradient norm that is not finite,
-        on any rank, leaves weights and optimizer state untouched on all (`skipped`). `collect_routing` looks at the first
-        row of each data-parallel rank.
+        Every data-parallel rank passes the same number of rows, at least one. A loss or gradient norm that is not
+        finite, on any rank, leaves weights and optimizer state untouched on all (`skipped`). `collect_routing` looks
+        at the first row of each data-parallel rank.
         """
         if not rows:
             raise ValueError("train_step needs at least one row; got none; fix: give every data-parallel rank a row")
@@ -189,7 +193,7 @@ class MegatronEngine:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule over rows; what `on_output` gave for each, on the last pipeline rank (elsewhere: empty)."""
+        """Megatron's schedule over rows: what `on_output` gave for each (on the last pipeline rank, else empty)."""
         return self._schedule(
             forward_step_func=partial(_forward, on_output=on_output, with_labels=not forward_only),
             data_iterator=rows,

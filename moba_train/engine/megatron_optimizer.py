@@ -1,4 +1,4 @@
-"""Megatron's data parallelism and optimizer, set up; and a step that leaves the weights alone when a number is not finite."""
+"""Megatron's data parallelism and optimizer, set up, and a step that is not taken when a number is not finite."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def _create_state(optimizer: MegatronOptimizer, parameter: torch.Tensor) -> None
 def step(optimizer: MegatronOptimizer, *, lr: float, clip_grad: float, loss_is_finite: bool) -> tuple[float, bool]:
     """Clip and step with the gradients that the backward pass left.
 
-    Returns (global gradient norm before clipping, whether the step was taken). It is not taken, and weights and optimizer
-    state stay as they are, when the loss or the norm is not finite; both are reduced over ranks, so all ranks agree.
-    Reads the norm on the host once, as Megatron's own step does.
+    Returns (global gradient norm before clipping, whether the step was taken). It is not taken, and weights and
+    optimizer state stay as they are, when the loss or the norm is not finite; both are reduced over ranks, so all
+    ranks agree. Reads the norm on the host once, as Megatron's own step does.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())

@@ -24,7 +24,10 @@ with quiet_imports():
 
 
 def token_scores(logits: Tensor, local: LocalRow, topology: Topology) -> tuple[Tensor, Tensor]:
-    """logits [1,S,V] -> (log-probability of each label fp32 [T], most probable token int64 [T]), alike on all CP ranks."""
+    """logits [1,S,V] -> log-probability of each label fp32 [T] and the most probable token int64 [T].
+
+    Collective over the context- and tensor-parallel groups, which get the same arrays.
+    """
     logits_SV = logits[0].float()
     best_S = _argmax_over_vocabulary(logits_SV, topology)
     losses = vocab_parallel_cross_entropy(logits_SV[:, None].clone(), local.labels.T.contiguous())
@@ -45,7 +48,10 @@ def broadcast_from_last_stage(x: Tensor, topology: Topology) -> Tensor:
 
 
 def picks_at(context: RowContext, query_positions: Sequence[int], topology: Topology) -> dict[int, NDArray[np.int32]]:
-    """Global layer -> chunk ids int32 [Q,R,topk] that the queries at global positions attended to; alike on all ranks."""
+    """Global layer -> chunk ids int32 [Q,R,topk] that the queries at these global positions attended to.
+
+    Collective over the model's ranks, which get the same arrays.
+    """
     queries = torch.as_tensor(list(query_positions), dtype=torch.int64)
     positions_S = context.positions_S
     assert positions_S is not None

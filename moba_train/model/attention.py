@@ -1,7 +1,7 @@
 """The core attention of every layer: layout changes around `context_attend`, no maths of its own.
 
-Megatron hands over this tensor-parallel rank's heads of the local shard; here keys get their convolution (where the model
-has one), queries and keys their rotation, and the plan of the row says full attention or MoBA.
+Megatron hands over this tensor-parallel rank's heads of the local shard; here keys get their convolution (where the
+model has one), queries and keys their rotation, and the plan of the row says full attention or MoBA.
 
 Legend: S tokens of this rank's shard, H query heads, K key/value heads (both of this tensor-parallel rank), D head dim.
 """
@@ -32,8 +32,8 @@ with quiet_imports():
 class ContextCoreAttention(MegatronModule):
     """`SelfAttentionSubmodules.core_attention`: full attention or MoBA over a row that context-parallel ranks share.
 
-    The parameters are those that Megatron's attention builds its core attention with; `key_conv` (0, 3 or 5) is bound by
-    the layer spec.
+    The parameters are those that Megatron's attention builds its core attention with; `key_conv` (0, 3 or 5) is bound
+    by the layer spec.
     """
 
     def __init__(

@@ -80,8 +80,8 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
     """This rank's part of the model, initialised, on `topology.device`.
 
     The weights are a function of (model, seed) alone: any mesh starts from the same model. The model's forward takes
-    token ids [1,S] of this rank's shard and a RowContext as `packed_seq_params`; it returns logits [1, S, vocabulary / tp]
-    or, given labels [1,S], the loss of each token [1,S].
+    token ids [1,S] of this rank's shard and a RowContext as `packed_seq_params`; it returns logits [1, S, vocabulary /
+    tp] or, given labels [1,S], the loss of each token [1,S].
     """
     config = transformer_config(model, engine, topology)
     megatron_cpu.adapt_megatron()

@@ -1,8 +1,9 @@
 """Key convolution (FlashMoBA, arXiv 2511.11571): k + SiLU(depthwise causal convolution of k), before RoPE.
 
 It clusters related tokens' keys inside a chunk, which is what a mean over the chunk can be found by. Width 3 or 5, one
-filter per channel. A tap never reaches before the start of the token's document; under context parallelism the width - 1
-tokens before each piece of the shard come from their owner (`moba_train.parallel.halo`), and their gradient goes back.
+filter per channel. A tap never reaches before the start of the token's document; under context parallelism the
+W - 1 tokens before each piece of the shard come from their owner (`moba_train.parallel.halo`), and their gradient goes
+back.
 
 Legend: S tokens at hand, K key/value heads on this tensor-parallel rank, D head dimension, W width.
 """
@@ -21,7 +22,7 @@ with quiet_imports():
 
 
 class KeyConv(nn.Module):
-    """The module. Its weight [K,D,W] is sharded over tensor-parallel ranks by key/value head; tap W - 1 is the token itself.
+    """The module. Weight [K,D,W], sharded over tensor-parallel ranks by head; tap W - 1 is the token itself.
 
     Args:
         num_kv_heads: K on this rank.

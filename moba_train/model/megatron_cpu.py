@@ -4,7 +4,8 @@ Megatron-core names the CUDA device literally: `torch.zeros(1, device="cuda")`, 
 `param.type() == "torch.cuda.FloatTensor"`. None of that is needed for its results, so on a machine without CUDA
 
 1. the name `torch` *inside megatron.core's modules* is replaced by a view of torch whose factories read "cuda" as "cpu"
-   and whose `torch.cuda` answers with the CPU (`adapt_megatron`). torch itself and every other library stay as they are;
+   and whose `torch.cuda` answers with the CPU (`adapt_megatron`). torch itself and every other library stay as they
+   are;
 2. where Megatron asks a tensor about CUDA (building the optimizer, checkpoints), a `TorchFunctionMode` answers
    (`cuda_calls_on_cpu`). A mode costs microseconds in every operation, hence it is entered there and not in the step.
 

@@ -22,8 +22,8 @@ DISTANCE_NAMES = ("distance_1", "distance_2_4", "distance_5_16", "distance_17_64
 def routing_totals(routings: Mapping[int, Routing], cp_group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
     """Sums over this rank's layers and heads, equal on all ranks of `cp_group`. Collective over it.
 
-    Returns fp64 [4 + buckets]: sum of normalised entropies, heads that have one, sum of top-chunk shares, heads that have
-    picks, picks by distance bucket. Add the vectors of other ranks and give the sum to `routing_numbers`.
+    Returns fp64 [4 + buckets]: sum of normalised entropies, heads that have one, sum of top-chunk shares, heads that
+    have picks, picks by distance bucket. Add the vectors of other ranks and give the sum to `routing_numbers`.
     """
     totals = torch.zeros(4 + len(DISTANCE_NAMES), dtype=torch.float64, device=device)
     for _, routing in sorted(routings.items()):
@@ -49,7 +49,7 @@ def routing_totals(routings: Mapping[int, Routing], cp_group: dist.ProcessGroup 
 
 
 def routing_numbers(totals: Tensor) -> dict[str, float]:
-    """The `moba/*` numbers of `StepResult.routing` from summed totals; only those that are defined. Reads the device."""
+    """The numbers of `StepResult.routing` from summed totals; only those that are defined. Reads the device."""
     values = totals.tolist()
     numbers: dict[str, float] = {}
     if values[1]:

@@ -1,4 +1,4 @@
-"""What every layer needs to know about the row in hand: one object per row, passed through Megatron's `packed_seq_params`.
+"""What every layer needs to know about the row in hand, passed through Megatron's `packed_seq_params`.
 
 Legend: S tokens of this rank's shard, T tokens of the row.
 """
