@@ -95,7 +95,7 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
     prep.add_argument(
         "--held-out", type=float, default=0.02, metavar="SHARE", help="share of held-out documents [0.02]"
     )
-    prep.add_argument("--seed", type=int, default=0, help="of the needle samples [0]")
+    prep.add_argument("--seed", type=int, default=1234, help="of the needle samples [1234]")
     prep.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one per core [0]")
     prep.add_argument("--skip-bad", action="store_true", help="count broken records instead of stopping at the first")
     prep.add_argument(

@@ -53,6 +53,10 @@ class ConfigErrors(ConfigError):
         self.errors = tuple(errors)
         super().__init__(f"{len(self.errors)} errors in the configuration")
 
+    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[tuple[ConfigError, ...]]]:
+        """Errors travel between ranks by pickle."""
+        return ConfigErrors, (self.errors,)
+
     def message(self) -> str:
         return "\n".join([self.what, *(f"{i}. {error.message()}" for i, error in enumerate(self.errors, start=1))])
 

@@ -1,0 +1,108 @@
+"""`moba-train eval niah`: the needle grid of a checkpoint, under MoBA, full attention and random routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from moba_train.commands.parts import build_engine, identity_of, join_ranks, open_tokenizer
+from moba_train.config.load import load_config
+from moba_train.data.indexed import open_indexed
+from moba_train.data.needles import NeedleText, haystack_of, load_words
+from moba_train.engine.base import AttentionMode
+from moba_train.eval.niah import NiahResult, run_niah
+from moba_train.eval.table import print_niah_table
+from moba_train.parallel.topology import close_topology
+from moba_train.train import ranks
+from moba_train.train.checkpoint import FOLDER, list_checkpoints, load_checkpoint
+from moba_train.train.resume import resolve_checkpoint
+
+# Lines that say how far an evaluation is, where there is no terminal to draw a bar on.
+_PROGRESS_LINES = 10
+
+
+def run_niah_command(
+    path: Path, overrides: Sequence[str], *, attentions: tuple[AttentionMode, ...], out: Path | None
+) -> int:
+    """Evaluate a run's newest intact checkpoint, or the named one; returns the exit code.
+
+    Args:
+        path: run folder or checkpoint folder.
+        overrides: command-line words on top of the configuration that the checkpoint was trained with.
+        out: folder for niah.jsonl and niah.png; None = the run folder.
+
+    Raises:
+        UserError: anything that the user can mend, on every rank.
+    """
+    config = load_config(trained_config(path), overrides)
+    topology = join_ranks(config)
+    begin = resolve_checkpoint(path)
+    assert begin.path is not None
+    tokenizer = open_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    engine = build_engine(config, topology)
+    progress = load_checkpoint(begin.path, engine, identity_of(config, tokenizer, topology))
+    engine.set_stage(progress.stage_index)
+    out_dir = out if out is not None else begin.path.parent.parent
+    ranks.from_rank_0(lambda: out_dir.mkdir(parents=True, exist_ok=True))
+    console = Console(highlight=False, soft_wrap=True)
+    if topology.rank == 0:
+        for note in begin.notes:
+            console.print(note.replace("resuming from", "evaluating"), markup=False)
+    result = run_niah(
+        engine,
+        NeedleText(tokenizer, load_words()),
+        haystack_of(open_indexed(config.data.valid.path), eod_id=tokenizer.eod_id),
+        stage=config.stages[progress.stage_index],
+        step=progress.step,
+        lengths=config.niah.lengths,
+        depths=config.niah.depths,
+        samples=config.niah.samples,
+        out_dir=out_dir,
+        seed=config.run.seed,
+        attentions=attentions,
+        progress=_progress_printer(console),
+    )
+    if topology.rank == 0:
+        _print_result(result, console)
+    close_topology()
+    return 0
+
+
+def trained_config(path: Path) -> Path:
+    """The config.toml that the checkpoint (a run folder: its newest one) was trained with.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    if (path / "state.json").exists():
+        return path / "config.toml"
+    known = list_checkpoints(path.parent if path.name == FOLDER else path)
+    if known:
+        return known[-1] / "config.toml"
+    found = resolve_checkpoint(path).path  # says what is wrong with the folder
+    assert found is not None
+    return found / "config.toml"
+
+
+def _progress_printer(console: Console) -> Callable[[int, int], None]:
+    """A line now and then, or one line that is rewritten in place on a terminal."""
+    printed = [-1]
+
+    def show(done: int, total: int) -> None:
+        share = done * _PROGRESS_LINES // max(1, total)
+        if console.is_terminal:
+            console.print(f"scored {done:,} of {total:,} samples", end="\r" if done < total else "\n", markup=False)
+        elif share != printed[0]:
+            printed[0] = share
+            console.print(f"scored {done:,} of {total:,} samples", markup=False)
+
+    return show
+
+
+def _print_result(result: NiahResult, console: Console) -> None:
+    if result.num_resumed:
+        console.print(f"{result.num_resumed:,} samples were scored by an earlier call", markup=False)
+    print_niah_table(result.records, console)
+    console.print(f"written: {result.jsonl}, {result.png}", markup=False)

@@ -1,0 +1,83 @@
+"""What `train` and `eval` have in common: joining the ranks, building the engine, the tokenizer, who a run is."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from moba_train import __version__
+from moba_train.config.schema import DataConfig, RunConfig
+from moba_train.config.validate import check_rows_per_step
+from moba_train.data.indexed import open_indexed
+from moba_train.data.tokenizer import Tokenizer, load_tokenizer
+from moba_train.data.vocabulary import check_vocabulary
+from moba_train.quiet import quiet_imports
+from moba_train.train import ranks
+from moba_train.train.progress import Identity, model_fingerprint
+
+with quiet_imports():
+    from moba_train.engine.megatron import MegatronEngine, choose_device
+    from moba_train.parallel.topology import Topology, init_topology
+
+_PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
+
+
+def join_ranks(config: RunConfig) -> Topology:
+    """Join the other ranks of the job.
+
+    Raises:
+        ConfigError: the number of ranks does not fit the mesh, or the rows of a step do not fit the ranks.
+        BackendError: the device that the configuration wants is not there.
+    """
+    device = choose_device(config.engine.device)
+    topology = init_topology(config.parallel, device=device, timeout_s=config.engine.timeout_s)
+    check_rows_per_step(config.stages, topology.dp)
+    return topology
+
+
+def build_engine(config: RunConfig, topology: Topology) -> MegatronEngine:
+    """The engine with freshly initialised weights, in stage 0."""
+    return MegatronEngine(
+        config.model,
+        config.stages,
+        config.engine,
+        config.optimizer,
+        topology,
+        seed=config.run.seed,
+        layout=config.parallel.layout,
+        transport=config.parallel.transport,
+    )
+
+
+def open_tokenizer(data: DataConfig, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer, after every source was found to fit it and the model. Collective: rank 0 reads the sources.
+
+    Raises:
+        DataError: a file is missing or damaged, or was written with another tokenizer.
+        ConfigError: the model has fewer embedding rows than the tokenizer has ids.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+
+    def check() -> None:
+        for source in (*data.sources.values(), data.valid):
+            check_vocabulary(tokenizer, open_indexed(source.path), vocab_size=vocab_size)
+
+    ranks.from_rank_0(check)
+    return tokenizer
+
+
+def identity_of(config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> Identity:
+    """What a checkpoint of this run is known by."""
+    return Identity(
+        model=model_fingerprint(config.model),
+        tokenizer=tokenizer.fingerprint,
+        seed=config.run.seed,
+        mesh={"tp": topology.tp, "cp": topology.cp, "pp": topology.pp, "dp": topology.dp},
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    """For the reader of a checkpoint: what it was made with."""
+    own = {"moba-train": __version__, "python": platform.python_version()}
+    return {**own, **{name: version(name) for name in _PACKAGES}}

@@ -1,0 +1,72 @@
+"""`moba-train prep`: text -> tokenizer, `.bin/.idx` pairs and needle documents; prints what was written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moba_train.data.prep import TRAIN, PrepOptions, PrepReport, prepare
+
+
+def run_prep(
+    *,
+    sources: tuple[str, ...],
+    out: Path,
+    vocab_size: int,
+    tokenizer: Path | None,
+    needles: dict[int, int],
+    held_out: float,
+    seed: int,
+    workers: int,
+    skip_bad: bool,
+    max_mib: float,
+) -> int:
+    """Prepare and print a summary; returns the exit code.
+
+    Args:
+        tokenizer: a sentencepiece model to take; None = train one of `vocab_size` ids.
+        workers: encoding processes; 0 = one for each core that this process may use.
+
+    Raises:
+        ConfigError, DataError: see `moba_train.data.prep.prepare`.
+    """
+    options = PrepOptions(
+        out=out,
+        sources=sources,
+        tokenizer=str(tokenizer) if tokenizer is not None else TRAIN,
+        vocab_size=vocab_size,
+        held_out=held_out,
+        max_mib=max_mib,
+        skip_bad=skip_bad,
+        workers=workers or len(os.sched_getaffinity(0)),
+        needles=needles,
+        seed=seed,
+    )
+    _print_report(prepare(options), options)
+    return 0
+
+
+def _print_report(report: PrepReport, options: PrepOptions) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    read = report.read
+    if report.up_to_date:
+        console.print(f"{options.out} is up to date: same sources, same options", markup=False)
+    console.print(
+        f"read {read.documents:,} documents, {read.num_bytes / 2**20:.1f} MiB, from {read.files:,} files", markup=False
+    )
+    if read.bad:
+        console.print(f"left out {read.bad:,} broken records, the first: {read.first_bad}", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("written")
+    table.add_column("documents", justify="right")
+    table.add_column("tokens", justify="right")
+    for name, documents in report.documents.items():
+        table.add_row(str(options.out / name), f"{documents:,}", f"{report.tokens[name]:,}")
+    console.print(table)
+    console.print(
+        f"tokenizer {options.out / 'tokenizer.model'}: {report.vocab_size:,} ids, sha256 {report.fingerprint[:12]}",
+        markup=False,
+    )

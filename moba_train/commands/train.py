@@ -1,0 +1,158 @@
+"""`moba-train train`: build every part from its piece of the configuration, then hand over to the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moba_train.commands.evaluators import build_evaluators
+from moba_train.commands.parts import build_engine, identity_of, join_ranks, open_tokenizer
+from moba_train.config.load import to_toml
+from moba_train.config.schema import RunConfig
+from moba_train.data.stage_data import StageData
+from moba_train.data.tokenizer import Tokenizer
+from moba_train.engine.base import Engine
+from moba_train.parallel.topology import Topology, close_topology
+from moba_train.plan_view import build_plan
+from moba_train.train import ranks
+from moba_train.train.checkpoint import CheckpointStore, load_checkpoint, set_aside_after
+from moba_train.train.console import ConsoleLogger, Log, SilentLog
+from moba_train.train.flops import peak_tflops
+from moba_train.train.loop import TrainOutcome, train
+from moba_train.train.manifest import replace_text
+from moba_train.train.metrics import MetricSink, open_sinks
+from moba_train.train.progress import Identity, Progress
+from moba_train.train.record import Meter
+from moba_train.train.resume import StartingPoint, check_schedule, find_start
+from moba_train.train.schedule import Schedule, build_schedule
+from moba_train.train.signals import StopSignals
+
+
+def run_train(config: RunConfig, *, resume: str) -> int:
+    """Train as configured; returns the exit code (0 also for a planned stop).
+
+    Args:
+        resume: "auto", "never" or a path; see `moba_train.train.resume`.
+
+    Raises:
+        UserError: anything that the user can mend, on every rank.
+    """
+    with StopSignals() as signals:  # from the first moment: a signal during set-up stops after the first step
+        topology = join_ranks(config)
+        run_dir = Path(config.run.dir)
+        schedule = build_schedule(config.stages, config.optimizer)
+        begin = find_start(run_dir, resume)
+        tokenizer = open_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        identity = identity_of(config, tokenizer, topology)
+        engine = build_engine(config, topology)
+        evaluators = build_evaluators(config, engine, tokenizer)
+        start = _restore(begin, engine, identity, schedule)
+        ranks.from_rank_0(lambda: _take_folder(run_dir, config, start))
+        log, sinks = _outputs(config, topology, start, schedule)
+        for line in (*_greeting(config, engine), *begin.notes):
+            log.line(line)
+        try:
+            outcome = train(
+                engine,
+                schedule=schedule,
+                start=start,
+                run=config.run,
+                checkpoint=config.checkpoint,
+                stage_data=_StageRows(config, tokenizer, run_dir / "cache", log),
+                evaluators=evaluators,
+                store=CheckpointStore(run_dir, identity, to_toml(config), config.checkpoint.keep_last),
+                meter=_meter(config, topology),
+                sinks=sinks,
+                log=log,
+                signals=signals,
+            )
+        finally:
+            for sink in sinks:
+                sink.close()
+        log.line(_farewell(outcome, run_dir))
+    close_topology()
+    return 0
+
+
+def _restore(begin: StartingPoint, engine: Engine, identity: Identity, schedule: Schedule) -> Progress:
+    """Load the checkpoint to begin from, if there is one. CheckpointError if it does not belong to this run."""
+    if begin.path is None:
+        return Progress()
+    progress = load_checkpoint(begin.path, engine, identity)
+    check_schedule(progress, schedule, begin.path)
+    return progress
+
+
+def _take_folder(run_dir: Path, config: RunConfig, start: Progress) -> None:
+    """Rank 0: make the run folder this run's own, now that nothing speaks against it any more."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    set_aside_after(run_dir, start.step)
+    replace_text(run_dir / "config.toml", to_toml(config))
+
+
+def _outputs(
+    config: RunConfig, topology: Topology, start: Progress, schedule: Schedule
+) -> tuple[Log, tuple[MetricSink, ...]]:
+    """Log and metric sinks: rank 0 has them all, the others none."""
+    if topology.rank != 0:
+        return SilentLog(), ()
+    console = ConsoleLogger(log_every=config.run.log_every, total_steps=schedule.total_steps, resume_step=start.step)
+    return console, tuple(open_sinks(Path(config.run.dir), resume_step=start.step, console=console))
+
+
+class _StageRows:
+    """Stage index -> rows; rank 0 goes first and leaves the index in the cache for the others."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, cache_dir: Path, log: Log) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._cache_dir = cache_dir
+        self._log = log
+
+    def __call__(self, index: int) -> StageData:
+        ranks.from_rank_0(lambda: self._open(index).cut_share)
+        data = self._open(index)
+        shares = ", ".join(f"{name} {rows:,}" for name, rows in data.rows_by_source.items())
+        self._log.line(f"data: {len(data):,} rows ({shares}), {100 * data.cut_share:.1f} % of the documents are cut")
+        return data
+
+    def _open(self, index: int) -> StageData:
+        return StageData(
+            self._config.data,
+            self._config.stages[index],
+            stage_index=index,
+            seed=self._config.run.seed,
+            cache_dir=self._cache_dir,
+            eod_id=self._tokenizer.eod_id,
+            pad_id=self._tokenizer.pad_id,
+        )
+
+
+def _meter(config: RunConfig, topology: Topology) -> Meter:
+    import torch
+
+    name = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "CPU"
+    return Meter(
+        model=config.model,
+        full_recompute=config.engine.recompute == "full",
+        world_size=topology.world_size,
+        replicas=topology.tp * topology.cp * topology.pp,
+        device=topology.device,
+        peak_tflops=peak_tflops(name, config.engine.precision),
+    )
+
+
+def _greeting(config: RunConfig, engine: Engine) -> tuple[str, ...]:
+    topology = engine.topology
+    plan = build_plan(config)
+    return (
+        f"{engine.num_parameters:,} parameters on {topology.world_size} rank(s) of {topology.device.type}: tp "
+        f"{topology.tp}, cp {topology.cp}, pp {topology.pp}, dp {topology.dp}; {config.engine.precision}",
+        f"{plan.total_tokens:,} tokens in {plan.total_steps:,} steps and {len(plan.stages)} stage(s); run folder "
+        f"{config.run.dir}",
+    )
+
+
+def _farewell(outcome: TrainOutcome, run_dir: Path) -> str:
+    if outcome.finished:
+        return f"next: moba-train eval niah {run_dir}; moba-train report {run_dir}"
+    return f"to go on: the same command with --resume auto (run folder {run_dir})"
