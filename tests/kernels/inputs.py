@@ -82,5 +82,5 @@ def assert_close(got, want, tolerance):
     want = torch.from_numpy(want) if isinstance(want, np.ndarray) else want
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
-    error = float((got.double() - want.double()).abs().max()) if got.numel() else 0.0
+    error = float((got.double() - want.detach().double()).abs().max()) if got.numel() else 0.0
     assert error <= tolerance, f"max error {error:.3g} > {tolerance:.3g}"

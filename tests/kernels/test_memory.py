@@ -1,0 +1,55 @@
+"""No tensor of size [T,T] or [T,C,H] is ever made: every tensor that an op returns is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moba_kernels import Full, MoBA, Pack, attend
+
+from .inputs import make_qkv
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any op returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor):
+                # What it stores, not what it shows: an expanded view costs nothing.
+                self.num_elements = max(self.num_elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("cu", [[0, 8192], [*range(0, 8193, 128)]], ids=["one document", "64 documents"])
+@pytest.mark.parametrize("spec", [Full(), MoBA(16, 3), MoBA(16, 3, "group"), MoBA(1024, 2)], ids=str)
+def test_scratch_stays_bounded_forward_and_backward(spec, cu):
+    tokens, heads = 8192, 2
+    if isinstance(spec, Full):
+        tokens, cu = 2048, [0, 2048] if len(cu) == 2 else cu[:17]
+    q, k, v, dout = make_qkv(cu, heads=heads, kv_heads=1, dim=4, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with LargestTensor() as largest:
+        result = attend(*leaves, spec, cu_seqlens=Pack(cu))
+        torch.autograd.grad(result.out, leaves, dout)
+    # The gate's [T,C,H] would hold 8.4 million elements, [T,T] 67 million (4.2 million under Full).
+    assert tokens * heads * 4 <= largest.num_elements <= 1 << 20
+    result.report.raise_if_different()
+
+
+def test_a_bad_document_does_not_spoil_its_neighbours():
+    cu = [0, 40, 60, 130]
+    q, k, v, dout = make_qkv(cu, dtype=torch.float32)
+    for x in (q, k, v):
+        x[40:60] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for spec in (Full(), MoBA(8, 3), MoBA(8, 3, "group"), MoBA(64, 2)):
+        result = attend(*leaves, spec, cu_seqlens=cu)
+        for x in (result.out, result.lse, *torch.autograd.grad(result.out, leaves, dout)):
+            assert torch.isfinite(x[:40]).all() and torch.isfinite(x[60:]).all() and torch.isnan(x[40:60]).any()
