@@ -111,21 +111,31 @@ def global_means(
 ) -> Tensor:
     """fp32 [C,K,D]: the mean key of every chunk of the row, the same on every rank. Collective over `group`."""
     owners = chunk_owners(pack, spec.chunk_size, num_ranks=group.size(), layout=layout)
-    geometry = pack.chunks(spec.chunk_size)
     sum_CKD, count_C = pool_sums(k_SKD, pack=pack, chunk_size=spec.chunk_size, k_positions=positions_S, backend=backend)
-    straddling = torch.from_numpy(owners.straddling).to(k_SKD.device)
-    sum_EKD = sum_CKD[straddling]
-    whole = torch.from_numpy(owners.whole_on(group.rank())).to(k_SKD.device)
-    sent = pad_rows(mean_keys(sum_CKD[whole], count_C[whole]), owners.most_whole)
-    received = sent.new_empty((group.size() * owners.most_whole, *sent.shape[1:]))
+    sent_WKD, sum_EKD = contribution(sum_CKD, count_C, owners, group.rank())
+    received = sent_WKD.new_empty((group.size() * sent_WKD.shape[0], *sent_WKD.shape[1:]))
     # Both exchanges are under way before either is waited for; an empty one is skipped on all ranks alike.
     pending = []
-    if len(owners.straddling):
+    if sum_EKD.shape[0]:
         pending.append(dist.all_reduce(sum_EKD, group=group, async_op=True))
-    if owners.most_whole:
-        pending.append(all_gather(received, sent, group=group))
+    if sent_WKD.shape[0]:
+        pending.append(all_gather(received, sent_WKD, group=group))
     for work in pending:
         work.wait()
-    count_E = torch.from_numpy((geometry.end_C - geometry.start_C)[owners.straddling]).to(k_SKD.device)
-    means = torch.cat([received, mean_keys(sum_EKD, count_E)])
-    return means[torch.from_numpy(owners.rows_of_exchange()).to(k_SKD.device)]
+    return assemble(received, sum_EKD, owners, pack, spec.chunk_size)
+
+
+def contribution(sum_CKD: Tensor, count_C: Tensor, owners: ChunkOwners, rank: int) -> tuple[Tensor, Tensor]:
+    """What `rank` puts in: fp32 [W,K,D] means of its whole chunks, padded; fp64 [E,K,D] its sums of straddling ones."""
+    device = sum_CKD.device
+    whole = torch.from_numpy(owners.whole_on(rank)).to(device)
+    means = mean_keys(sum_CKD[whole], count_C[whole])
+    return pad_rows(means, owners.most_whole), sum_CKD[torch.from_numpy(owners.straddling).to(device)]
+
+
+def assemble(received: Tensor, sum_EKD: Tensor, owners: ChunkOwners, pack: Pack, chunk_size: int) -> Tensor:
+    """fp32 [C,K,D] from the gathered means of all ranks [N*W,K,D] and the total sums of straddling chunks [E,K,D]."""
+    geometry = pack.chunks(chunk_size)
+    count_E = (geometry.end_C - geometry.start_C)[owners.straddling]
+    means = torch.cat([received, mean_keys(sum_EKD, torch.from_numpy(count_E).to(sum_EKD.device))])
+    return means[torch.from_numpy(owners.rows_of_exchange()).to(means.device)]

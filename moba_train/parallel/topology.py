@@ -19,6 +19,7 @@ from moba_train.quiet import quiet_imports
 
 with quiet_imports():
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 # What torchrun (or srun with a wrapper) sets for every rank; all of them or none.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -80,6 +81,9 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
         distributed_timeout_minutes=timeout_s / 60,
         order="tp-cp-ep-dp-pp",
     )
+    if device.type == "cuda":
+        # Megatron forks this tracker wherever it would draw dropout; our models draw none, so the seed has no effect.
+        model_parallel_cuda_manual_seed(0)
     return Topology(
         rank=dist.get_rank(),
         world_size=world_size,
