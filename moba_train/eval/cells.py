@@ -33,18 +33,19 @@ class NiahRecord:
         attention: "moba", "full" or "random".
         score: 1.0 if the arg-max at every answer position (teacher-forced) is the answer's token, else 0.0.
         log_prob: mean natural log-probability of the answer's tokens (teacher-forced).
-        routed: share of (MoBA layer, head, answer query) triples that picked a chunk holding a part of the needle; None
-            where no layer routes.
+        routed: share of (MoBA layer, head, answer query) triples that picked a chunk holding a part of the needle's
+            value; None where no layer routes.
         routed_expected: the same share if picks were uniformly random; None where `routed` is None.
         dense: the pattern is dense by construction: context_length <= topk * chunk_size.
         model_response: the arg-max tokens at the answer positions, decoded.
         expected: the answer.
         key: what the question asks for.
-        needle_chunk: chunk of the document in which the needle begins.
-        needle_offset: position of the needle's first token inside that chunk.
+        needle_chunk: chunk of the document in which the needle's value begins.
+        needle_offset: position of the needle's first token inside its own chunk.
         needle_tokens: length of the needle.
         chunk_size, topk, select: the stage's MoBA settings.
-        step, stage, seed: which weights and which samples.
+        step, weights: the checkpoint: finished steps, and a fingerprint of its content.
+        stage, seed: which settings and which samples.
         sample_hash: of the sample's tokens; a resumed evaluation skips a sample only if this is the same.
     """
 
@@ -67,6 +68,7 @@ class NiahRecord:
     topk: int
     select: str
     step: int
+    weights: str
     stage: str
     seed: int
     sample_hash: str
@@ -74,7 +76,7 @@ class NiahRecord:
     @property
     def identity(self) -> tuple[object, ...]:
         """What makes two records the same measurement."""
-        settings = (self.chunk_size, self.topk, self.select, self.step, self.stage, self.seed)
+        settings = (self.chunk_size, self.topk, self.select, self.weights, self.stage, self.seed)
         return (self.attention, self.context_length, self.depth_percent, self.sample, self.sample_hash, *settings)
 
 
@@ -136,9 +138,9 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, f
     return low, high
 
 
-def needle_chunks(needle_start: int, needle_end: int, *, chunk_size: int) -> range:
-    """Chunks (of the document, from 0) that hold a token of [needle_start, needle_end)."""
-    return range(needle_start // chunk_size, (needle_end - 1) // chunk_size + 1)
+def token_chunks(start: int, end: int, *, chunk_size: int) -> range:
+    """Chunks (of the document, from 0) that hold a token of [start, end)."""
+    return range(start // chunk_size, (end - 1) // chunk_size + 1)
 
 
 def routed_share(picks_QPk: NDArray[np.int32], chunks: range, *, first_chunk: int) -> float:
@@ -146,7 +148,7 @@ def routed_share(picks_QPk: NDArray[np.int32], chunks: range, *, first_chunk: in
 
     Args:
         picks_QPk: int32 [Q, P, topk], chunk ids counted over the row.
-        chunks: the needle's chunks, counted over its document.
+        chunks: the chunks of the needle's value, counted over its document.
         first_chunk: row-wide id of the document's first chunk.
     """
     wanted = np.arange(chunks.start, chunks.stop, dtype=np.int64) + first_chunk

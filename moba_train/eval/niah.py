@@ -5,15 +5,14 @@ one forward pass gives the arg-max and the log-probability of every answer token
 shows a gradient where free generation would show zeros. Samples of one length are packed as documents of one row:
 attention never crosses documents, so packing changes the speed and not the scores.
 
-Under "moba" and "random" every sample also tells how many (MoBA layer, head) pairs had the needle's chunk among their
-picks when they produced the answer, beside the share that uniformly random picks would reach.
+Under "moba" and "random" every sample also tells in which share of (MoBA layer, head) pairs the answer's queries picked
+the needle's chunk (the one with the value), beside the share that uniformly random picks would reach.
 
 Every rank calls these functions; rank 0 alone reads and writes files.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moba_train.config.schema import StageConfig
-from moba_train.data.needles import NeedleSample, build_niah_sample
-from moba_train.data.row import Row
-from moba_train.errors import ConfigError
+from moba_train.data.needles import NeedleSample, NeedleText
 from moba_train.eval.cells import (
     Cell,
     NiahRecord,
@@ -34,11 +31,12 @@ from moba_train.eval.cells import (
     is_dense,
     mean_score,
     middle_depths,
-    needle_chunks,
     routed_share,
     summarise,
+    token_chunks,
 )
 from moba_train.eval.heatmap import draw_niah
+from moba_train.eval.jobs import Job, Samples, check_grid, pack_samples, share_rows
 from moba_train.eval.ranks import from_rank0, map_over_ranks
 from moba_train.eval.records import RecordWriter, read_records
 
@@ -55,6 +53,7 @@ class Origin:
     """What every record of a run of the grid has in common: the weights and the samples' seed."""
 
     step: int
+    weights: str
     stage: StageConfig
     seed: int
 
@@ -81,93 +80,6 @@ class NiahResult:
         return mean_score(self.cells, attention)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One sample under one attention, named so that any rank can build it."""
-
-    attention: AttentionMode
-    length: int
-    depth_percent: float
-    sample: int
-    sample_hash: str
-
-
-class _Samples:
-    """Builds samples by name: a pure function of (seed, length, depth, sample)."""
-
-    def __init__(self, tokenizer: Tokenizer, haystack_ids: NDArray[np.integer], seed: int) -> None:
-        self.tokenizer = tokenizer
-        self._haystack_ids = haystack_ids
-        self._seed = seed
-
-    def build(self, length: int, depth_percent: float, sample: int) -> NeedleSample:
-        return build_niah_sample(
-            self.tokenizer,
-            self._haystack_ids,
-            length=length,
-            depth_percent=depth_percent,
-            seed=sample_seed(self._seed, length, depth_percent, sample),
-        )
-
-    def jobs(
-        self, lengths: Sequence[int], depths: Sequence[float], samples: int, attentions: Sequence[AttentionMode]
-    ) -> list[_Job]:
-        """Every job of the grid; the samples of one length and attention follow one another, ready to be packed."""
-        jobs: list[_Job] = []
-        for length in lengths:
-            names = [(depth, i) for depth in depths for i in range(samples)]
-            hashes = [hashlib.sha256(self.build(length, *name).tokens.tobytes()).hexdigest()[:16] for name in names]
-            for attention in attentions:
-                jobs.extend(_Job(attention, length, *name, digest) for name, digest in zip(names, hashes, strict=True))
-        return jobs
-
-
-def sample_seed(seed: int, length: int, depth_percent: float, sample: int) -> int:
-    """A 63-bit seed that differs for every sample of every cell (SHA-256 of its name)."""
-    name = f"{seed}/{length}/{depth_percent:.2f}/{sample}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-def _check_grid(lengths: Sequence[int], depths: Sequence[float], samples: int) -> None:
-    wrong = [length for length in lengths if length < 1]
-    outside = [depth for depth in depths if not 0 <= depth <= 100]
-    if not lengths or not depths or samples < 1 or wrong or outside:
-        raise ConfigError(
-            "the needle grid is not usable",
-            where="niah.lengths, niah.depths, niah.samples",
-            got=f"lengths {list(lengths)}, depths {list(depths)}, {samples} samples",
-            allowed="lengths >= 1, depths from 0 to 100 percent, at least one sample",
-            fix="correct the grid in [niah] or on the command line",
-        )
-
-
-def _groups(jobs: Sequence[_Job], row_tokens: int) -> list[list[_Job]]:
-    """Jobs that share a row: one attention, one length, at most max(1, row_tokens // length) samples."""
-    groups: list[list[_Job]] = []
-    for job in jobs:
-        last = groups[-1] if groups else []
-        same = bool(last) and (last[0].attention, last[0].length) == (job.attention, job.length)
-        if same and len(last) < max(1, row_tokens // job.length):
-            last.append(job)
-        else:
-            groups.append([job])
-    return groups
-
-
-def pack_samples(samples: Sequence[NeedleSample], *, sample_id: int = 0) -> Row:
-    """One row whose documents are the samples, in order, without padding."""
-    rows = [sample.to_row() for sample in samples]
-    bounds = np.cumsum([0, *(len(row.tokens_S) for row in rows)])
-    return Row(
-        tokens_S=np.concatenate([row.tokens_S for row in rows]),
-        labels_S=np.concatenate([row.labels_S for row in rows]),
-        loss_mask_S=np.concatenate([row.loss_mask_S for row in rows]),
-        cu_seqlens=tuple(int(bound) for bound in bounds),
-        source="niah",
-        sample_id=sample_id,
-    )
-
-
 def _routing_of_sample(
     scores: RowScores, sample: NeedleSample, queries: slice, *, first_chunk: int, stage: StageConfig
 ) -> tuple[float | None, float | None]:
@@ -177,17 +89,17 @@ def _routing_of_sample(
     """
     if not scores.picks:
         return None, None
-    chunks = needle_chunks(sample.needle_start, sample.needle_end, chunk_size=stage.chunk_size)
+    chunks = token_chunks(sample.value_start, sample.value_end, chunk_size=stage.chunk_size)
     layers = [routed_share(picks[queries], chunks, first_chunk=first_chunk) for picks in scores.picks.values()]
     asked = range(sample.answer_start - 1, sample.answer_end - 1)
     expected = expected_share(asked, chunks, chunk_size=stage.chunk_size, topk=stage.topk)
     return float(np.mean(layers)), expected
 
 
-def _score_group(engine: Engine, group: Sequence[_Job], samples: _Samples, origin: Origin) -> list[NiahRecord]:
+def _score_group(engine: Engine, group: Sequence[Job], samples: Samples, origin: Origin) -> list[NiahRecord]:
     """Score one row of samples; collective over the context-parallel group."""
     built = [samples.build(job.length, job.depth_percent, job.sample) for job in group]
-    row = pack_samples(built, sample_id=group[0].sample)
+    row = pack_samples(built, sample_id=int(group[0].sample_hash[:8], 16))  # random routing differs from row to row
     asked = [
         range(start + sample.answer_start - 1, start + sample.answer_end - 1)
         for start, sample in zip(row.cu_seqlens, built, strict=False)
@@ -204,7 +116,7 @@ def _score_group(engine: Engine, group: Sequence[_Job], samples: _Samples, origi
 
 
 def _record(
-    job: _Job,
+    job: Job,
     sample: NeedleSample,
     scores: RowScores,
     positions: NDArray[np.int64],
@@ -226,34 +138,43 @@ def _record(
         routed=routed,
         routed_expected=routed_expected,
         dense=job.attention != "full" and is_dense(job.length, chunk_size=stage.chunk_size, topk=stage.topk),
-        model_response=tokenizer.decode([int(token) for token in response]),
+        model_response=tokenizer.decode([int(token) for token in response]).strip(),
         expected=sample.value,
         key=sample.key,
-        needle_chunk=sample.needle_start // stage.chunk_size,
+        needle_chunk=sample.value_start // stage.chunk_size,
         needle_offset=sample.needle_start % stage.chunk_size,
         needle_tokens=sample.needle_end - sample.needle_start,
         chunk_size=stage.chunk_size,
         topk=stage.topk,
         select=stage.select,
         step=origin.step,
+        weights=origin.weights,
         stage=stage.name,
         seed=origin.seed,
         sample_hash=job.sample_hash,
     )
 
 
-def _identity(job: _Job, origin: Origin) -> tuple[object, ...]:
+def _identity(job: Job, origin: Origin) -> tuple[object, ...]:
     """`NiahRecord.identity` of the record that `job` will give."""
     stage = origin.stage
     name = (job.attention, job.length, job.depth_percent, job.sample, job.sample_hash)
-    return (*name, stage.chunk_size, stage.topk, stage.select, origin.step, stage.name, origin.seed)
+    return (*name, stage.chunk_size, stage.topk, stage.select, origin.weights, stage.name, origin.seed)
+
+
+def _remaining(jobs: Sequence[Job], jsonl: Path, origin: Origin) -> tuple[list[Job], list[NiahRecord]]:
+    """(jobs that are left to do, records of the others) after an earlier call that was interrupted."""
+    wanted = {_identity(job, origin) for job in jobs}
+    done = [record for record in read_records(jsonl) if record.identity in wanted]
+    finished = {record.identity for record in done}
+    return [job for job in jobs if _identity(job, origin) not in finished], done
 
 
 def _score_jobs(
-    engine: Engine, jobs: Sequence[_Job], samples: _Samples, origin: Origin, row_tokens: int
+    engine: Engine, jobs: Sequence[Job], samples: Samples, origin: Origin, row_tokens: int
 ) -> Iterator[list[NiahRecord]]:
     """Records in job order, one row per data-parallel rank at a time; the same on every rank."""
-    groups = _groups(jobs, row_tokens)
+    groups = share_rows(jobs, row_tokens)
     dp = engine.topology.dp
     for first in range(0, len(groups), dp):
         parts = map_over_ranks(
@@ -264,11 +185,12 @@ def _score_jobs(
 
 def run_niah(
     engine: Engine,
-    tokenizer: Tokenizer,
-    haystack_ids: NDArray[np.integer],
+    text: NeedleText,
+    haystack: NDArray[np.int64],
     *,
     stage: StageConfig,
     step: int,
+    weights: str,
     lengths: Sequence[int],
     depths: int,
     samples: int,
@@ -280,11 +202,13 @@ def run_niah(
 ) -> NiahResult:
     """Measure the grid lengths x depths and write niah.jsonl and niah.png into `out_dir`. Collective over all ranks.
 
-    Samples that niah.jsonl already holds for the same weights (`step`), stage, seed and tokens are not scored again.
+    Samples that niah.jsonl already holds for the same weights, stage, seed and tokens are not scored again.
 
     Args:
-        haystack_ids: int [N], token ids of held-out documents.
+        text: the needle's wording in the tokenizer's ids.
+        haystack: int64 [n], held-out text (`moba_train.data.needles.haystack_of`).
         stage: the stage that the engine is in; its chunk_size and topk are what "moba" and "random" run with.
+        step, weights: what is evaluated: the step of the checkpoint, and a fingerprint of its content.
         depths: number of depths, evenly spaced from 0 to 100 percent.
         samples: per cell.
         row_tokens: samples of one length share rows of at most this many tokens; 0 = stage.seq_len.
@@ -294,20 +218,15 @@ def run_niah(
         DataError: a sample cannot be built at that length, or niah.jsonl is damaged before its last line.
     """
     grid = depth_grid(depths) if depths >= 1 else ()
-    _check_grid(lengths, grid, samples)
-    origin = Origin(step=step, stage=stage, seed=seed)
-    source = _Samples(tokenizer, haystack_ids, seed)
+    check_grid(lengths, grid, samples)
+    origin = Origin(step=step, weights=weights, stage=stage, seed=seed)
+    source = Samples(text, haystack, seed)
     jsonl, png = out_dir / "niah.jsonl", out_dir / "niah.png"
 
-    def plan() -> tuple[list[_Job], list[NiahRecord]]:
-        jobs = source.jobs(lengths, grid, samples, attentions)
-        wanted = {_identity(job, origin) for job in jobs}
-        done = [record for record in read_records(jsonl) if record.identity in wanted]
-        finished = {record.identity for record in done}
-        return [job for job in jobs if _identity(job, origin) not in finished], done
-
+    jobs, records = from_rank0(
+        lambda: _remaining(source.jobs(lengths, grid, samples, attentions), jsonl, origin), engine.topology
+    )
     is_writer = engine.topology.rank == 0
-    jobs, records = from_rank0(plan, engine.topology)
     num_resumed, total = len(records), len(jobs) + len(records)
     writer = RecordWriter(jsonl) if is_writer else None
     try:
@@ -320,8 +239,8 @@ def run_niah(
     finally:
         if writer is not None:
             writer.close()
-    order = {attention: i for i, attention in enumerate(attentions)}
-    records.sort(key=lambda r: (order[r.attention], r.context_length, r.depth_percent, r.sample))  # type: ignore[index]
+    order = [str(attention) for attention in attentions]
+    records.sort(key=lambda r: (order.index(r.attention), r.context_length, r.depth_percent, r.sample))
     cells = summarise(records)
     if is_writer:
         draw_niah(cells, png, title=heatmap_title(origin))
@@ -336,8 +255,8 @@ def heatmap_title(origin: Origin) -> str:
 
 def niah_summary(
     engine: Engine,
-    tokenizer: Tokenizer,
-    haystack_ids: NDArray[np.integer],
+    text: NeedleText,
+    haystack: NDArray[np.int64],
     *,
     stage: StageConfig,
     lengths: Sequence[int],
@@ -353,9 +272,9 @@ def niah_summary(
         "eval/niah_routed_<attention>" and "eval/niah_routed_expected_<attention>".
     """
     grid = middle_depths(depths) if depths >= 1 else ()
-    _check_grid(lengths, grid, samples)
-    origin = Origin(step=0, stage=stage, seed=seed)
-    source = _Samples(tokenizer, haystack_ids, seed)
+    check_grid(lengths, grid, samples)
+    origin = Origin(step=0, weights="in training", stage=stage, seed=seed)
+    source = Samples(text, haystack, seed)
     jobs = source.jobs(lengths, grid, samples, attentions)
     records = [r for part in _score_jobs(engine, jobs, source, origin, stage.seq_len) for r in part]
     metrics: dict[str, float] = {}

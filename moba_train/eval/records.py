@@ -92,11 +92,11 @@ class RecordWriter:
 
 
 def latest_records(records: Iterable[NiahRecord]) -> tuple[NiahRecord, ...]:
-    """The records of the newest weights (highest step), and of those the seed and MoBA settings measured last."""
+    """The records of the newest step, and of those the weights, seed and MoBA settings that were measured last."""
     all_records = tuple(records)
     if not all_records:
         return ()
     newest = max(record.step for record in all_records)
     last = [record for record in all_records if record.step == newest][-1]
-    settings = (last.step, last.stage, last.seed, last.chunk_size, last.topk, last.select)
-    return tuple(r for r in all_records if (r.step, r.stage, r.seed, r.chunk_size, r.topk, r.select) == settings)
+    settings = (last.weights, last.stage, last.seed, last.chunk_size, last.topk, last.select)
+    return tuple(r for r in all_records if (r.weights, r.stage, r.seed, r.chunk_size, r.topk, r.select) == settings)

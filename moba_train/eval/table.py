@@ -20,7 +20,7 @@ def niah_rows(records: Sequence[NiahRecord]) -> list[tuple[str, ...]]:
     """One row per (attention, context length), over all depths; `HEADER` names the columns. "dense" marks lengths
     at which MoBA attends to everything."""
     cells = summarise(records)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (attention, length), (score, low, high, _) in sorted(
         mean_by_length(records).items(), key=lambda item: ([c.attention for c in cells].index(item[0][0]), item[0][1])
     ):

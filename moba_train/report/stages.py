@@ -1,0 +1,135 @@
+"""What the report says in numbers: one row per stage, and what each switch between stages did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moba_train.report.plots import human
+from moba_train.report.run_data import RunData, StageSpan, Step, last_number, mean_number, number, series
+
+NEAR_STEPS = 10
+"""Steps before and after a switch over which its training loss is averaged."""
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The boundary between two stages.
+
+    Attributes:
+        before, after: the stages.
+        rows: (what, before, after), formatted.
+    """
+
+    before: StageSpan
+    after: StageSpan
+    rows: tuple[tuple[str, str, str], ...]
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` decimals, or UNKNOWN."""
+    return UNKNOWN if value is None else f"{value:.{digits}f}"
+
+
+def settings_text(stage: StageSpan) -> str:
+    """A stage's attention in a few words."""
+    attention, settings = stage.attention, stage.settings
+    if attention != "moba":
+        return {"full": "full"}.get(attention, UNKNOWN)
+    kept: Any = settings.get("full_layers", {})
+    named = [f"{name} {kept[name]}" for name in ("first", "last", "every") if isinstance(kept, dict) and kept.get(name)]
+    text = f"MoBA {settings.get('chunk_size', '?')}/{settings.get('topk', '?')}"
+    return f"{text}, full: {', '.join(named)}" if named else text
+
+
+STAGE_HEADER = (
+    "stage",
+    "attention",
+    "seq_len",
+    "steps",
+    "tokens",
+    "density",
+    "train loss, start",
+    "train loss, end",
+    "held-out MoBA",
+    "held-out full",
+    "needle MoBA",
+    "needle full",
+    "tokens/s",
+)
+
+
+def stage_rows(run: RunData) -> list[tuple[str, ...]]:
+    """One formatted row per stage, in the order of `STAGE_HEADER`."""
+    rows: list[tuple[str, ...]] = []
+    tokens_before = 0.0
+    for stage in run.stages:
+        tokens_after = last_number(stage.steps, "tokens")
+        _, losses = series(stage.steps, "train/loss")
+        near = min(NEAR_STEPS, max(1, len(losses) // 2))
+        start, end = losses[:near], losses[-near:]
+        rows.append(
+            (
+                stage.name,
+                settings_text(stage),
+                str(stage.settings.get("seq_len", UNKNOWN)),
+                f"{stage.first_step} to {stage.last_step}",
+                UNKNOWN if tokens_after is None else human(tokens_after - tokens_before),
+                fixed(mean_number(stage.steps, "train/density")),
+                fixed(sum(start) / len(start) if start else None),
+                fixed(sum(end) / len(end) if end else None),
+                fixed(last_number(stage.steps, "eval/loss_moba")),
+                fixed(last_number(stage.steps, "eval/loss_full")),
+                fixed(last_number(stage.steps, "eval/niah_moba"), 2),
+                fixed(last_number(stage.steps, "eval/niah_full"), 2),
+                UNKNOWN if (rate := mean_number(stage.steps, "perf/tokens_per_s")) is None else human(rate),
+            )
+        )
+        tokens_before = tokens_after if tokens_after is not None else tokens_before
+    return rows
+
+
+def _at(steps: Sequence[Step], key: str, *, newest: bool, digits: int) -> str:
+    known = [(number(step, key), int(step["step"])) for step in steps if number(step, key) is not None]
+    if not known:
+        return UNKNOWN
+    value, step = known[-1] if newest else known[0]
+    return f"{fixed(value, digits)} (step {step})"
+
+
+def switches(run: RunData) -> list[Switch]:
+    """Every boundary between stages: the last numbers before it and the first after it, under both attentions."""
+    found = []
+    for before, after in zip(run.stages, run.stages[1:], strict=False):
+        old, new = before.steps[-NEAR_STEPS:], after.steps[:NEAR_STEPS]
+        rows = [
+            (
+                f"training loss, mean of {NEAR_STEPS} steps",
+                fixed(mean_number(old, "train/loss")),
+                fixed(mean_number(new, "train/loss")),
+            ),
+            (
+                f"largest gradient norm of {NEAR_STEPS} steps",
+                fixed(max(series(old, "train/grad_norm")[1], default=None)),
+                fixed(max(series(new, "train/grad_norm")[1], default=None)),
+            ),
+        ]
+        for name, key, digits in (
+            ("needle score under MoBA", "eval/niah_moba", 2),
+            ("needle score under full attention", "eval/niah_full", 2),
+            ("needle's chunk picked under MoBA", "eval/niah_routed_moba", 2),
+            ("held-out loss under MoBA", "eval/loss_moba", 3),
+            ("held-out loss under full attention", "eval/loss_full", 3),
+            ("trailing sixteenth under MoBA", "eval/trailing_loss_moba", 3),
+            ("trailing sixteenth under full attention", "eval/trailing_loss_full", 3),
+        ):
+            pair = (
+                _at(before.steps, key, newest=True, digits=digits),
+                _at(after.steps, key, newest=False, digits=digits),
+            )
+            if pair != (UNKNOWN, UNKNOWN):
+                rows.append((name, *pair))
+        found.append(Switch(before, after, tuple(row for row in rows if row[1:] != (UNKNOWN, UNKNOWN))))
+    return found
