@@ -16,6 +16,7 @@ _KNOWN_ADVICE = (
     "full scope is deprecated",  # about CUDA graphs, which are not used
     "The .grad attribute of a Tensor that is not a leaf Tensor",  # the distributed optimizer's shards are views
     "`torch.distributed.[a-z_]+` is deprecated",
+    "Please use DTensor instead",  # Megatron's checkpoint format is made of ShardedTensor
 )
 
 

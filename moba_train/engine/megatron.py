@@ -21,7 +21,13 @@ from moba_train.config.schema import EngineConfig, ModelConfig, OptimizerConfig,
 from moba_train.data.row import Row
 from moba_train.engine.base import AttentionMode, RowScores, StepResult
 from moba_train.engine.local_row import LocalRow, RowPlan
-from moba_train.engine.megatron_optimizer import build_optimizer, step, wrap_data_parallel
+from moba_train.engine.megatron_optimizer import (
+    build_optimizer,
+    load_optimizer_state,
+    sharded_optimizer_state,
+    step,
+    wrap_data_parallel,
+)
 from moba_train.engine.megatron_score import broadcast_from_last_stage, picks_at, token_scores
 from moba_train.errors import BackendError
 from moba_train.model import megatron_cpu
@@ -165,14 +171,17 @@ class MegatronEngine:
         }
         with megatron_cpu.cuda_calls_on_cpu():
             model = self._gpt.sharded_state_dict(metadata=metadata)
-            optimizer = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+            # slots for Transformer Engine's scaling factors: always empty here, and they would be stored as pickles
+            model = {name: part for name, part in model.items() if not name.endswith("_extra_state")}
+            optimizer = sharded_optimizer_state(self._optimizer, model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `megatron.core.dist_checkpointing.load` returned for `sharded_state_dict(is_loading=True)`."""
         with megatron_cpu.cuda_calls_on_cpu():
-            self._gpt.load_state_dict(state["model"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            empty = {name: None for name in self._gpt.state_dict() if name.endswith("_extra_state")}
+            self._gpt.load_state_dict({**state["model"], **empty})
+            load_optimizer_state(self._optimizer, state["optimizer"])
 
     def _row_plan(self, attention: AttentionMode) -> RowPlan:
         return RowPlan(
@@ -194,7 +203,7 @@ class MegatronEngine:
         forward_only: bool,
     ) -> list[Any]:
         """Megatron's schedule over rows: what `on_output` gave for each (on the last pipeline rank, else empty)."""
-        return self._schedule(
+        outputs: list[Any] = self._schedule(
             forward_step_func=partial(_forward, on_output=on_output, with_labels=not forward_only),
             data_iterator=rows,
             model=[self._ddp],
@@ -204,6 +213,7 @@ class MegatronEngine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        return outputs
 
     def _routing_numbers(self, contexts: list[RowContext]) -> dict[str, float]:
         routings = contexts[0].routings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -55,20 +57,63 @@ def build_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, engin
         optimizer = megatron_optimizer.get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False)
     for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler, which is not used here
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
-        for parameter in group["params"]:
-            _create_state(optimizer, parameter)
+    _create_state(optimizer)
     return optimizer
 
 
-def _create_state(optimizer: MegatronOptimizer, parameter: torch.Tensor) -> None:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        torch_optimizer = part.optimizer
-        if any(parameter is held for group in torch_optimizer.param_groups for held in group["params"]):
-            torch_optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """The optimizer's part of a sharded state dict, as Megatron makes it. Collective."""
+    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    _own_step_counts(optimizer)
+    return state
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Restore loaded optimizer state.
+
+    Two things that Megatron's distributed optimizer gets wrong with PyTorch's AdamW (it expects Apex's) are mended: it
+    looks for a "step" among the moments of each parameter, and it gives all parameters one shared step tensor, which
+    AdamW would then increment once per parameter.
+    """
+    common = {name: part for name, part in state.items() if name != "param_state"}
+    optimizer.load_state_dict(common)
+    if "param_state" in state:
+        steps = {parameter: held.pop("step", None) for parameter, held in _states(optimizer)}
+        _parts(optimizer)[0].load_parameter_state_from_fully_reshardable(state["param_state"])
+        for parameter, held in _states(optimizer):
+            if steps[parameter] is not None:
+                held["step"] = steps[parameter]
+    _own_step_counts(optimizer)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron chains one optimizer per kind of parameter; here there is one kind."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _states(optimizer: MegatronOptimizer) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    return [item for part in _parts(optimizer) for item in part.optimizer.state.items()]
+
+
+def _create_state(optimizer: MegatronOptimizer) -> None:
+    """AdamW's state as it would be before the first step."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _own_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a step tensor of its own."""
+    for _, held in _states(optimizer):
+        if isinstance(held.get("step"), torch.Tensor):
+            held["step"] = held["step"].clone()
 
 
 @torch.no_grad()
@@ -96,4 +141,4 @@ def _finite(value: float) -> bool:
     return value - value == 0.0
 
 
-__all__ = ["build_optimizer", "step", "wrap_data_parallel"]
+__all__ = ["build_optimizer", "load_optimizer_state", "sharded_optimizer_state", "step", "wrap_data_parallel"]

@@ -53,6 +53,7 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topol
         params_dtype=dtype,
         bf16=engine.precision == "bf16",
         variable_seq_lengths=topology.pp > 1,  # shards of one row differ by a token when the row does not divide
+        moe_token_dispatcher_type="alltoall",  # unused; Megatron's check of variable_seq_lengths reads it
         use_cpu_initialization=True,
         perform_initialization=False,  # `initialize_weights` does it, the same for any mesh
         calculate_per_token_loss=True,
@@ -84,17 +85,17 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
     tp] or, given labels [1,S], the loss of each token [1,S].
     """
     config = transformer_config(model, engine, topology)
-    megatron_cpu.adapt_megatron()
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec(model),
-        vocab_size=model.vocab_size,
-        max_sequence_length=1,  # only learned position embeddings would read it
-        pre_process=topology.pp_rank == 0,
-        post_process=topology.pp_rank == topology.pp - 1,
-        share_embeddings_and_output_weights=model.tied_head,
-        position_embedding_type="none",
-    )
+    with megatron_cpu.cuda_calls_on_cpu():
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(model),
+            vocab_size=model.vocab_size,
+            max_sequence_length=1,  # only learned position embeddings would read it
+            pre_process=topology.pp_rank == 0,
+            post_process=topology.pp_rank == topology.pp - 1,
+            share_embeddings_and_output_weights=model.tied_head,
+            position_embedding_type="none",
+        )
     initialize_weights(gpt, model, topology, seed=seed)
     return gpt.to(device=topology.device, dtype=config.params_dtype)
 

@@ -44,10 +44,6 @@ class KeyConv(nn.Module):
         super().__init__()
         self.width = width
         self.weight = nn.Parameter(torch.zeros(num_kv_heads, head_dim, width, dtype=dtype))
-        # Megatron reads these: the gradient norm counts a tensor-parallel parameter once per rank
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
         self._tp_group = tp_group
 
     def forward(self, k_SKD: Tensor, extended: Sequence[Tensor], document_offset_S: Tensor) -> Tensor:

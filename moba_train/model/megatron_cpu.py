@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moba_train.quiet import quiet_imports
+
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn")
 _TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -125,4 +127,4 @@ _CUDA_ON_CPU = _View(
 _TORCH_ON_CPU = _View(torch, {"cuda": _CUDA_ON_CPU, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}})
 
 
-__all__ = ["adapt_megatron", "cuda_calls_on_cpu", "needed"]
+__all__ = ["adapt_megatron", "cuda_calls_on_cpu", "needed", "quiet_imports"]

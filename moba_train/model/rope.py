@@ -30,7 +30,8 @@ class RopeTable:
 
     def rotate(self, x_SHD: Tensor) -> Tensor:
         """x [S,H,D] (any float dtype) turned by each token's angles, computed in fp32, in the dtype of x."""
-        return _Rotate.apply(x_SHD, self.cos, self.sin)
+        turned: Tensor = _Rotate.apply(x_SHD, self.cos, self.sin)  # type: ignore[no-untyped-call]
+        return turned
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from moba_train.config.schema import ModelConfig
 from moba_train.model.plan import layers_of_pipeline_rank
 from moba_train.parallel.topology import Topology
+from moba_train.quiet import quiet_imports
+
+with quiet_imports():
+    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 
 @torch.no_grad()
@@ -27,6 +31,8 @@ def initialize_weights(gpt: nn.Module, model: ModelConfig, topology: Topology, *
     for name, parameter in gpt.named_parameters():
         whole = _whole_tensor(_global_name(name, first_layer, model.tied_head), model, seed)
         parameter.copy_(_tensor_parallel_part(name, whole, topology.tp, topology.tp_rank))
+        if whole.dim() > 1:  # read by the gradient norm, which counts replicated parameters once
+            set_tensor_model_parallel_attributes(parameter, True, _sharded_dim(name), 1)
 
 
 def _global_name(name: str, first_layer: int, tied_head: bool) -> str:
@@ -82,8 +88,12 @@ def _tensor_parallel_part(name: str, whole: Tensor, tp: int, tp_rank: int) -> Te
     if "linear_fc1" in name:  # gate and up are cut each for itself
         gate, up = whole.chunk(2)
         return torch.cat([gate.chunk(tp)[tp_rank], up.chunk(tp)[tp_rank]])
-    dim = 1 if "linear_proj" in name or "linear_fc2" in name else 0
-    return whole.chunk(tp, dim)[tp_rank]
+    return whole.chunk(tp, _sharded_dim(name))[tp_rank]
+
+
+def _sharded_dim(name: str) -> int:
+    """The dim that tensor-parallel ranks share: inputs of row-parallel projections, else outputs."""
+    return 1 if "linear_proj" in name or "linear_fc2" in name else 0
 
 
 __all__ = ["initialize_weights"]
