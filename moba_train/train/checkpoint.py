@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moba_train.config.schema import StageConfig
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
 from moba_train.train import ranks
 from moba_train.train.manifest import find_damage, fsync_path, replace_text, seal_files, write_manifest
-from moba_train.train.progress import Identity, Progress, progress_from_state
+from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -60,6 +61,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        missing = {"stage_rows", "stage_end", "model", "tokenizer", "seed"} - state.keys()
+        if missing:
+            raise KeyError(sorted(missing)[0])
         progress_from_state(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -79,12 +83,14 @@ class CheckpointStore:
         run_dir: the run folder, on a file system that all ranks share.
         identity: whose run it is.
         config_toml: the resolved configuration, copied into every checkpoint.
+        stages: the schedule's; the rows of the current one must not change on resume.
         keep_last: newest checkpoints that are kept, besides those at the end of a stage.
     """
 
     run_dir: Path
     identity: Identity
     config_toml: str
+    stages: tuple[StageConfig, ...]
     keep_last: int
 
     def save(self, engine: Engine, progress: Progress, *, stage_end: bool) -> Path:
@@ -117,7 +123,8 @@ class CheckpointStore:
         self, aside: Path, final: Path, entries: dict[str, dict[str, Any]], progress: Progress, stage_end: bool
     ) -> None:
         """Rank 0's part: the small files, the manifest, the rename, the pointer, the pruning."""
-        state = {**asdict(progress), "stage_end": stage_end, **asdict(self.identity)}
+        rows = rows_fingerprint(self.stages[progress.stage_index])
+        state = {**asdict(progress), "stage_end": stage_end, "stage_rows": rows, **asdict(self.identity)}
         (aside / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         (aside / CONFIG).write_text(self.config_toml, encoding="utf-8")
         rest = sorted(path for path in aside.iterdir() if path.name not in entries)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from moba_train.config.schema import ModelConfig
+from moba_train.config.schema import ModelConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Identity:
 def model_fingerprint(model: ModelConfig) -> dict[str, Any]:
     """Every field that shapes the weights or the function they compute; `preset` and `init_std` do neither."""
     return {name: value for name, value in asdict(model).items() if name not in ("preset", "init_std")}
+
+
+def rows_fingerprint(stage: StageConfig) -> dict[str, Any]:
+    """The fields that decide which rows a stage draws, and in which order (with seed and sources)."""
+    names = ("name", "tokens", "tokens_per_step", "seq_len", "mix")
+    return {name: value for name, value in asdict(stage).items() if name in names}
 
 
 def progress_from_state(state: Mapping[str, Any]) -> Progress:

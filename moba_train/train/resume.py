@@ -7,8 +7,10 @@ PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
@@ -24,7 +26,7 @@ from moba_train.train.checkpoint import (
     set_aside_after,
 )
 from moba_train.train.manifest import MANIFEST, find_damage
-from moba_train.train.progress import Identity, Progress, progress_from_state
+from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
 from moba_train.train.schedule import Schedule
 
 
@@ -107,29 +109,54 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
     path = start.path
     if path is None:
         return start
-    saved = ranks.from_rank_0(lambda: progress_from_state(read_state(path)))
-    check_schedule(saved, schedule, path)
-    load_checkpoint(path, engine, identity)
+    state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
+    check_schedule(state, schedule, path)
+    saved = load_checkpoint(path, engine, identity)
     left = ranks.from_rank_0(lambda: set_aside_after(run_dir, saved.step))
     notes = (*start.notes, *(f"set aside {name}.abandoned: it lies beyond step {saved.step}" for name in left))
     return StartingPoint(path, notes, saved)
 
 
-def check_schedule(progress: Progress, schedule: Schedule, path: Path) -> None:
-    """Refuse a schedule whose past is not the checkpoint's; its future may change (a longer or another last stage).
+def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> None:
+    """Refuse a schedule whose past is not the checkpoint's; stages that have not begun may change.
+
+    The stage in which the run goes on must draw the same rows, so its length, rows and mix may not change either: row i
+    is a function of the whole stage. To train longer than planned, append a stage.
+
+    Args:
+        state: decoded state.json.
 
     Raises:
-        CheckpointError: the run has seen another number of tokens than this schedule says for the same step.
+        CheckpointError: names what differs.
     """
-    expected = schedule.tokens_after(progress.step)
-    if progress.step > schedule.total_steps or expected != progress.tokens:
-        raise CheckpointError(
-            "the stages up to the checkpoint are not those that it was trained with",
-            where=str(path),
-            got=f"{expected} tokens after step {progress.step} by this configuration ({schedule.total_steps} steps)",
-            allowed=f"{progress.tokens} tokens after step {progress.step}",
-            fix="Restore the finished stages as the checkpoint's config.toml has them; later stages may change.",
-        )
+    saved = progress_from_state(state)
+    where, fix = (
+        str(path),
+        "Restore these stages as the checkpoint's config.toml has them; to train longer, append one.",
+    )
+    if saved.step == 0:
+        return
+    told = f"step {saved.step} is step {saved.step_in_stage} of stage {saved.stage_index + 1}, {saved.tokens} tokens"
+    if saved.step > schedule.total_steps:
+        what, got = "the stages are shorter than the checkpoint is old", f"{schedule.total_steps} steps in all"
+        raise CheckpointError(what, where=where, got=got, allowed=told, fix=fix)
+    last = schedule.place(saved.step - 1)
+    tokens = schedule.tokens_after(saved.step)
+    if (last.stage_index, last.step_in_stage + 1, tokens) != (saved.stage_index, saved.step_in_stage, saved.tokens):
+        got = f"step {saved.step} is step {last.step_in_stage + 1} of stage {last.stage_index + 1}, {tokens} tokens"
+        what = "the stages up to the checkpoint are not those that it was trained with"
+        raise CheckpointError(what, where=where, got=got, allowed=told, fix=fix)
+    if saved.step < schedule.total_steps and schedule.place(saved.step).stage_index == saved.stage_index:
+        theirs, ours = state["stage_rows"], rows_fingerprint(schedule.stages[saved.stage_index])
+        different = [key for key in ours if theirs.get(key) != ours[key]]
+        if different:
+            raise CheckpointError(
+                "the stage in which the run goes on would draw other rows than it began with",
+                where=where,
+                got="; ".join(f"stages.{saved.stage_index}.{key} = {ours[key]!r}" for key in different),
+                allowed="; ".join(f"stages.{saved.stage_index}.{key} = {theirs.get(key)!r}" for key in different),
+                fix=fix,
+            )
 
 
 def _named(path: Path) -> tuple[Path | None, tuple[str, ...]]:

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moba_train.errors import TrainingDiverged
+from moba_train.parallel.topology import Topology
+from moba_train.train.checkpoint import list_checkpoints, read_state
+from moba_train.train.metrics import read_metrics
+from moba_train.train.progress import Progress
+from moba_train.train.signals import StopSignals
+from tests.unit.train.toy import STAGES, TOTAL_STEPS, ToyRun
+
+TIMES = ("perf/step_time_s", "perf/tokens_per_s", "perf/tokens_per_s_per_rank", "memory/peak_gib")
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("perf/")} for row in rows]
+
+
+def test_a_run_goes_through_all_stages_without_a_restart(tmp_path: Path, topology: Topology) -> None:
+    run = ToyRun(tmp_path, topology)
+    outcome = run.go()
+    assert outcome.finished and outcome.reason == "finished"
+    assert outcome.progress == Progress(step=7, stage_index=1, step_in_stage=3, tokens=112)
+    assert run.engine.stages_seen == [0, 1]
+    assert run.asked() == [(0, i) for i in range(8)] + [(1, i) for i in range(6)]
+    seen = records(tmp_path)
+    assert [row["stage"] for row in seen] == ["short"] * 4 + ["long"] * 3
+    assert [row["tokens"] for row in seen] == [16 * step for step in range(1, 8)]
+    assert [row["train/density"] == 1.0 for row in seen] == [False] * 4 + [True] * 3
+    assert any("stage 2/2 'long' from step 5: full attention" in line for line in run.log.lines)
+
+
+def test_the_ends_of_stages_are_saved_and_kept(tmp_path: Path, topology: Topology) -> None:
+    ToyRun(tmp_path, topology, every_steps=1, keep_last=1).go()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000007"]
+    assert all(read_state(path)["stage_end"] for path in list_checkpoints(tmp_path))
+
+
+def test_routing_is_collected_on_log_steps_and_at_the_ends_of_stages(tmp_path: Path, topology: Topology) -> None:
+    ToyRun(tmp_path, topology).go()
+    assert ["moba/entropy" in row for row in records(tmp_path)] == [False, True, False, True, False, True, True]
+
+
+@pytest.mark.parametrize("stops", [(3,), (4,), (1, 1, 3)])
+def test_a_stopped_and_resumed_run_equals_a_straight_one(tmp_path: Path, topology: Topology, stops: tuple[int]) -> None:
+    straight = ToyRun(tmp_path / "straight", topology)
+    straight.go()
+    asked = []
+    for steps in stops:
+        part = ToyRun(tmp_path / "parts", topology, stop_after_steps=steps, every_steps=0)
+        outcome = part.go()
+        assert not outcome.finished and outcome.reason == "stop_after_steps"
+        asked += part.asked()
+    last = ToyRun(tmp_path / "parts", topology, every_steps=0)
+    assert last.go().finished
+    assert asked + last.asked() == straight.asked()
+    assert records(tmp_path / "parts") == records(tmp_path / "straight")
+    assert last.engine.weight.equal(straight.engine.weight) and last.engine.momentum.equal(straight.engine.momentum)
+
+
+def test_steps_that_were_not_saved_are_done_again_and_stand_once(tmp_path: Path, topology: Topology) -> None:
+    straight = ToyRun(tmp_path / "straight", topology)
+    straight.go()
+
+    class Crash(Exception):
+        pass
+
+    def crash(step: int, stage: str, stage_end: bool) -> Mapping[str, Any]:
+        if step == 6:
+            raise Crash
+        return {}
+
+    with pytest.raises(Crash):
+        ToyRun(tmp_path / "crashed", topology, evaluators=(crash,), every_steps=3).go()
+    resumed = ToyRun(tmp_path / "crashed", topology)
+    resumed.go()
+    assert resumed.asked() == [(1, i) for i in range(6)]  # step 4 ended the stage and was saved; 5 was not
+    assert records(tmp_path / "crashed") == records(tmp_path / "straight")
+    assert resumed.engine.weight.equal(straight.engine.weight)
+
+
+def test_resuming_a_finished_run_does_nothing(tmp_path: Path, topology: Topology) -> None:
+    ToyRun(tmp_path, topology).go()
+    again = ToyRun(tmp_path, topology)
+    assert again.go().finished
+    assert again.asked() == [] and len(records(tmp_path)) == TOTAL_STEPS
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_stops_cleanly_after_the_current_step(tmp_path: Path, topology: Topology, name: str) -> None:
+    evaluated = []
+
+    def note(step: int, stage: str, stage_end: bool) -> Mapping[str, Any]:
+        evaluated.append(step)
+        if step == 2:
+            os.kill(os.getpid(), getattr(signal, name))
+        return {}
+
+    with StopSignals() as signals:
+        outcome = ToyRun(tmp_path, topology, signals=signals, evaluators=(note,), every_steps=0).go()
+    assert (outcome.finished, outcome.reason, outcome.progress.step) == (False, name, 3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003"]
+    assert evaluated == [1, 2]  # a signal's grace may be shorter than an evaluation
+
+
+def test_evaluations_land_in_the_record_of_their_step(tmp_path: Path, topology: Topology) -> None:
+    calls = []
+
+    def at_stage_ends(step: int, stage: str, stage_end: bool) -> Mapping[str, Any]:
+        calls.append((step, stage, stage_end))
+        return {"eval/loss_moba": 0.1 * step} if stage_end else {}
+
+    ToyRun(tmp_path, topology, evaluators=(at_stage_ends,)).go()
+    assert calls[3] == (4, "short", True) and calls[6] == (7, "long", True)
+    assert {row["step"]: row["eval/loss_moba"] for row in records(tmp_path) if "eval/loss_moba" in row} == {
+        4: 0.1 * 4,
+        7: 0.1 * 7,
+    }
+
+
+def test_a_nan_step_is_skipped_and_marked_and_the_run_goes_on(tmp_path: Path, topology: Topology) -> None:
+    run = ToyRun(tmp_path, topology, poisoned=frozenset({2}))  # in step 2 of stage "short" and of stage "long"
+    assert run.go().finished
+    assert [row["step"] for row in records(tmp_path) if row.get("train/bad")] == [2, 6]
+    assert [row["train/loss"] for row in records(tmp_path)][1] is None
+
+
+def test_too_many_nan_steps_save_and_name_step_and_samples(tmp_path: Path, topology: Topology) -> None:
+    run = ToyRun(tmp_path, topology, poisoned=frozenset({3, 4}), every_steps=0)
+    with pytest.raises(TrainingDiverged) as caught:
+        run.go()
+    assert caught.value.where == "step 2: rows 2..3 of stage 'short'; step 3: rows 4..5 of stage 'short'"
+    state = read_state(list_checkpoints(tmp_path)[-1])
+    assert (state["step"], state["bad_steps"]) == (3, 2)
+    healed = ToyRun(tmp_path, topology)
+    assert healed.go().finished and healed.asked()[0] == (0, 6)
+
+
+def test_bad_steps_are_counted_across_a_resume(tmp_path: Path, topology: Topology) -> None:
+    poisoned = frozenset({3, 4})
+    ToyRun(tmp_path, topology, poisoned=poisoned, stop_after_steps=2).go()
+    with pytest.raises(TrainingDiverged, match="2 steps in a row"):
+        ToyRun(tmp_path, topology, poisoned=poisoned).go()
+
+
+def test_a_stage_may_be_appended_between_two_processes(tmp_path: Path, topology: Topology) -> None:
+    ToyRun(tmp_path, topology).go()
+    longer = ToyRun(tmp_path, topology, stages=(*STAGES, replace(STAGES[1], name="more", tokens=32)))
+    assert longer.go().progress.step == 9
+    assert longer.asked() == [(2, i) for i in range(4)]

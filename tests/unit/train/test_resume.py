@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moba_train.config.schema import StageConfig
+from moba_train.errors import CheckpointError
+from moba_train.parallel.topology import Topology
+from moba_train.train.checkpoint import CheckpointStore, list_checkpoints
+from moba_train.train.progress import Progress, rows_fingerprint
+from moba_train.train.resume import check_schedule, find_start, resolve_checkpoint
+from moba_train.train.schedule import build_schedule
+from tests.unit.train.toy import OPTIMIZER, STAGES, ToyEngine, ToyRun, identity
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, topology: Topology) -> Path:
+    """A run with checkpoints after 2, 4 and 6 steps."""
+    for step in (2, 4, 6):
+        store = CheckpointStore(tmp_path / "run", identity(), "", STAGES, keep_last=9)
+        store.save(ToyEngine(topology), Progress(step, 0, step, 16 * step), stage_end=False)
+    return tmp_path / "run"
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def test_auto_takes_the_newest(run_dir: Path) -> None:
+    assert find_start(run_dir, "auto").path == checkpoint(run_dir, 6)
+
+
+def test_auto_skips_damaged_checkpoints_and_says_why(run_dir: Path) -> None:
+    (checkpoint(run_dir, 6) / "__0_0.distcp").unlink()
+    (checkpoint(run_dir, 4) / "state.json").write_text("{}")
+    start = find_start(run_dir, "auto")
+    assert start.path == checkpoint(run_dir, 2)
+    assert start.notes[0] == "skipped step_00000006: __0_0.distcp is missing"
+    assert start.notes[1].startswith("skipped step_00000004: state.json has 2 bytes instead of")
+
+
+def test_auto_starts_from_nothing_only_where_there_is_nothing(tmp_path: Path, run_dir: Path) -> None:
+    assert find_start(tmp_path / "new", "auto").path is None
+    for step in (2, 4, 6):
+        (checkpoint(run_dir, step) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint of the run is intact") as caught:
+        find_start(run_dir, "auto")
+    assert str(caught.value.got).count("manifest.json is missing") == 3
+
+
+def test_a_half_written_checkpoint_is_invisible(run_dir: Path) -> None:
+    shutil.copytree(checkpoint(run_dir, 6), run_dir / "checkpoints" / "step_00000008.tmp")
+    assert find_start(run_dir, "auto").path == checkpoint(run_dir, 6)
+
+
+def test_never_refuses_a_folder_that_holds_a_run(tmp_path: Path, run_dir: Path) -> None:
+    assert find_start(tmp_path / "new", "never").path is None
+    with pytest.raises(CheckpointError, match="already holds a run") as caught:
+        find_start(run_dir, "never")
+    assert "--resume auto" in caught.value.fix
+    (tmp_path / "unsaved").mkdir()
+    (tmp_path / "unsaved" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        find_start(tmp_path / "unsaved", "never")
+
+
+def test_a_path_may_be_a_run_its_checkpoints_or_one_of_them(run_dir: Path, tmp_path: Path) -> None:
+    for path in (run_dir, run_dir / "checkpoints"):
+        assert find_start(tmp_path / "other", str(path)).path == checkpoint(run_dir, 6)
+        assert resolve_checkpoint(path).path == checkpoint(run_dir, 6)
+    assert find_start(tmp_path / "other", str(checkpoint(run_dir, 2))).path == checkpoint(run_dir, 2)
+
+
+def test_a_path_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_start(tmp_path, str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint") as caught:
+        find_start(tmp_path, str(tmp_path / "empty"))
+    assert caught.value.got == "an empty folder"
+
+
+def test_a_named_checkpoint_must_be_intact(run_dir: Path) -> None:
+    (checkpoint(run_dir, 4) / "common.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="damaged") as caught:
+        find_start(run_dir, str(checkpoint(run_dir, 4)))
+    assert "common.pt has 0 bytes" in str(caught.value.got)
+
+
+def state_after(step: int, stage_index: int, step_in_stage: int, tokens: int) -> dict[str, Any]:
+    rows = rows_fingerprint(STAGES[stage_index])
+    return asdict(Progress(step, stage_index, step_in_stage, tokens)) | {"stage_rows": rows}
+
+
+@pytest.mark.parametrize(
+    "past", [replace(STAGES[0], tokens=32), replace(STAGES[0], tokens=128), replace(STAGES[0], tokens_per_step=32)]
+)
+def test_the_past_of_the_schedule_may_not_change(past: StageConfig) -> None:
+    with pytest.raises(CheckpointError, match="not those that it was trained with") as caught:
+        check_schedule(state_after(5, 1, 1, 80), build_schedule((past, STAGES[1]), OPTIMIZER), Path("x"))
+    assert caught.value.allowed == "step 5 is step 1 of stage 2, 80 tokens"
+
+
+@pytest.mark.parametrize("change", [{"tokens": 480}, {"mix": {"a": 2.0}}, {"name": "other"}])
+def test_the_stage_in_which_a_run_goes_on_must_draw_the_same_rows(change: dict[str, Any]) -> None:
+    changed = build_schedule((STAGES[0], replace(STAGES[1], **change)), OPTIMIZER)
+    with pytest.raises(CheckpointError, match="would draw other rows") as caught:
+        check_schedule(state_after(5, 1, 1, 80), changed, Path("x"))
+    assert f"stages.1.{next(iter(change))}" in str(caught.value.got)
+
+
+def test_attention_and_stages_that_have_not_begun_may_change() -> None:
+    future = (replace(STAGES[0], topk=3), replace(STAGES[1], tokens=480, mix={"b": 1.0}), replace(STAGES[1], name="c"))
+    check_schedule(state_after(2, 0, 2, 32), build_schedule(future, OPTIMIZER), Path("x"))
+    check_schedule(state_after(4, 0, 4, 64), build_schedule(future, OPTIMIZER), Path("x"))
+
+
+def test_a_run_that_was_cut_shorter_than_its_checkpoint_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="shorter than the checkpoint"):
+        check_schedule(state_after(7, 1, 3, 112), build_schedule(STAGES[:1], OPTIMIZER), Path("x"))
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path: Path, topology: Topology) -> None:
+    ToyRun(tmp_path, topology, keep_last=9).go()
+    back = ToyRun(tmp_path, topology, resume=str(checkpoint(tmp_path, 2)), stop_after_steps=1, keep_last=9)
+    back.go()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert any("set aside step_00000007.abandoned" in note for note in back.notes)
+    again = ToyRun(tmp_path, topology)
+    again.go()
+    assert again.asked()[0] == (0, 6)

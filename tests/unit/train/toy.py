@@ -1,0 +1,163 @@
+"""A model small enough to follow by hand: it learns the mean token of its rows with momentum, on one rank.
+
+It keeps its state as Megatron ShardedTensors, so that checkpoints of it are real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from moba_train.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, RunSection, StageConfig
+from moba_train.data.row import Row
+from moba_train.engine.base import AttentionMode, RowScores, StepResult
+from moba_train.parallel.topology import Topology
+from moba_train.train.checkpoint import CheckpointStore
+from moba_train.train.loop import Evaluator, TrainOutcome, train
+from moba_train.train.metrics import JsonlWriter
+from moba_train.train.progress import Identity, model_fingerprint
+from moba_train.train.record import Meter
+from moba_train.train.resume import begin
+from moba_train.train.schedule import build_schedule
+from moba_train.train.signals import StopSignals
+
+SEQ_LEN = 8
+MODEL = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=4)
+OPTIMIZER = OptimizerConfig(lr=0.5, min_lr_ratio=0.1)
+STAGES = (
+    StageConfig(name="short", tokens=64, tokens_per_step=16, seq_len=SEQ_LEN, chunk_size=2, topk=2),
+    StageConfig(name="long", tokens=48, tokens_per_step=16, seq_len=SEQ_LEN, attention="full", lr=0.25),
+)
+TOTAL_STEPS = 7
+
+
+class ToyEngine:
+    """weight <- weight - lr * momentum; loss = (weight - mean token)^2. Rows with a negative token give NaN."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.weight = torch.zeros(2, dtype=torch.float64)
+        self.momentum = torch.zeros(2, dtype=torch.float64)
+        self.stages_seen: list[int] = []
+        self.routing_steps = 0
+
+    @property
+    def num_parameters(self) -> int:
+        return self.weight.numel()
+
+    def set_stage(self, index: int) -> None:
+        self.stages_seen.append(index)
+
+    def train_step(self, rows: Sequence[Row], *, lr: float, collect_routing: bool = False) -> StepResult:
+        self.routing_steps += collect_routing
+        tokens = np.concatenate([row.tokens_S for row in rows])
+        if (tokens < 0).any():
+            return StepResult(float("nan"), tokens.size, float("nan"), True)
+        gap = self.weight - float(tokens.mean())
+        self.momentum = 0.9 * self.momentum + 2.0 * gap
+        self.weight = self.weight - 0.1 * lr * self.momentum
+        routing = {"entropy": 0.5} if collect_routing else {}
+        return StepResult(float((gap**2).mean()), tokens.size, float(gap.norm()), False, routing)
+
+    def score(self, row: Row, *, attention: AttentionMode = "stage", query_positions: Sequence[int] = ()) -> RowScores:
+        return RowScores(np.zeros(row.tokens_S.size, np.float32), np.zeros(row.tokens_S.size, np.int64))
+
+    def sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        return {
+            "model": {"weight": ShardedTensor.from_rank_offsets("weight", self.weight)},
+            "optimizer": {"momentum": ShardedTensor.from_rank_offsets("momentum", self.momentum)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight, self.momentum = state["model"]["weight"].clone(), state["optimizer"]["momentum"].clone()
+
+
+@dataclass
+class ToyRows:
+    """Row i of a stage, a pure function of (stage, i); remembers which rows were asked for."""
+
+    stage_index: int
+    poisoned: frozenset[int] = frozenset()
+    asked: list[int] = field(default_factory=list)
+
+    def row(self, index: int) -> Row:
+        self.asked.append(index)
+        rng = np.random.default_rng([self.stage_index, index])
+        tokens = rng.integers(0, 9, SEQ_LEN)
+        if index in self.poisoned:
+            tokens[3] = -1
+        return Row(tokens, np.roll(tokens, -1), np.ones(SEQ_LEN, np.float32), (0, 5, SEQ_LEN), sample_id=index)
+
+
+class Lines:
+    """A log that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def identity(**changes: Any) -> Identity:
+    """The identity of toy runs, with changes."""
+    usual: dict[str, Any] = {
+        "model": model_fingerprint(MODEL),
+        "tokenizer": "ab" * 32,
+        "seed": 7,
+        "mesh": {"tp": 1, "cp": 1, "pp": 1, "dp": 1},
+        "versions": {"moba-train": "0"},
+    }
+    return Identity(**(usual | changes))
+
+
+@dataclass
+class ToyRun:
+    """One process of a toy run in a run folder: what the command line would put together."""
+
+    run_dir: Path
+    topology: Topology
+    stop_after_steps: int = 0
+    resume: str = "auto"
+    every_steps: int = 2
+    keep_last: int = 2
+    max_bad_steps: int = 2
+    poisoned: frozenset[int] = frozenset()
+    stages: tuple[StageConfig, ...] = STAGES
+    evaluators: tuple[Evaluator, ...] = ()
+    signals: StopSignals = field(default_factory=StopSignals)
+
+    def go(self) -> TrainOutcome:
+        """Begin or resume, train, close the files."""
+        self.engine, self.log, self.data = ToyEngine(self.topology), Lines(), {}
+        schedule = build_schedule(self.stages, OPTIMIZER)
+        start = begin(self.run_dir, self.resume, self.engine, identity(), schedule)
+        self.notes = start.notes
+        sink = JsonlWriter(self.run_dir / "metrics.jsonl", resume_step=start.progress.step)
+        try:
+            return train(
+                self.engine,
+                schedule=schedule,
+                start=start.progress,
+                run=RunSection(log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps),
+                checkpoint=CheckpointConfig(every_steps=self.every_steps, keep_last=self.keep_last),
+                stage_data=lambda index: self.data.setdefault(index, ToyRows(index, self.poisoned)),
+                evaluators=self.evaluators,
+                store=CheckpointStore(self.run_dir, identity(), "[run]\n", self.stages, self.keep_last),
+                meter=Meter(MODEL, False, 1, 1, torch.device("cpu"), None),
+                sinks=(sink,),
+                log=self.log,
+                signals=self.signals,
+            )
+        finally:
+            sink.close()
+
+    def asked(self) -> list[tuple[int, int]]:
+        """(stage, row) in the order in which this process trained on them."""
+        return [(stage, index) for stage, rows in sorted(self.data.items()) for index in rows.asked]
