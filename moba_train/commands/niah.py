@@ -17,6 +17,7 @@ from moba_train.eval.table import print_niah_table
 from moba_train.parallel.topology import close_topology
 from moba_train.train import ranks
 from moba_train.train.checkpoint import FOLDER, list_checkpoints, load_checkpoint
+from moba_train.train.manifest import MANIFEST, sha256_of
 from moba_train.train.resume import resolve_checkpoint
 
 # Lines that say how far an evaluation is, where there is no terminal to draw a bar on.
@@ -56,6 +57,7 @@ def run_niah_command(
         haystack_of(open_indexed(config.data.valid.path), eod_id=tokenizer.eod_id),
         stage=config.stages[progress.stage_index],
         step=progress.step,
+        weights=sha256_of(begin.path / MANIFEST)[:16],
         lengths=config.niah.lengths,
         depths=config.niah.depths,
         samples=config.niah.samples,

@@ -140,7 +140,9 @@ class MegatronEngine:
         outside = [position for position in query_positions if not 0 <= position < row.tokens_S.size]
         if outside:
             raise IndexError(f"query_positions must lie in 0..{row.tokens_S.size - 1}; got {outside[:4]}")
-        random = RandomPicks(self._seed, self.topology.tp_rank) if attention == "random" else None
+        # Rows differ in their random picks: a needle must not meet the same picks in every sample of its depth.
+        random_seed = (row.sample_id << 64) + self._seed
+        random = RandomPicks(random_seed, self.topology.tp_rank) if attention == "random" else None
         local = self._row_plan(attention).local_row(
             row, self.topology, keep_routing=bool(query_positions), random_picks=random
         )

@@ -259,7 +259,7 @@ def plot_position_loss(run: RunData) -> bytes | None:
         return None
 
     def draw() -> Figure:
-        figure = Figure(figsize=(9.6, 3.1 * ((len(panels) + 2) // 3)), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.4 * ((len(panels) + 2) // 3)), layout="constrained")
         columns = min(3, len(panels))
         for i, (stage, found) in enumerate(panels):
             axes = figure.add_subplot((len(panels) + columns - 1) // columns, columns, i + 1)
@@ -271,7 +271,7 @@ def plot_position_loss(run: RunData) -> bytes | None:
                 _position_lines(axes, when, step)
             if i % columns == 0:
                 axes.set_ylabel("held-out loss")
-            axes.legend(loc="upper right", fontsize=7)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7)
         return figure
 
     return _svg(draw)
