@@ -256,7 +256,7 @@ def _open_spans(prefix: str, num_documents: int) -> NDArray[np.int64] | None:
     if not path.exists():
         return None
     try:
-        spans = np.load(path, mmap_mode="r", allow_pickle=False)
+        spans: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError("cannot read the answer spans", where=str(path), got=str(error), fix=REBUILD) from error
     rows = "int64 [spans, 3]: rows (document, start, end), sorted by document"

@@ -16,6 +16,7 @@ Legend: L tokens of a sample, Q questions.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
@@ -73,11 +74,10 @@ class NeedleText:
 
     def __init__(self, tokenizer: Tokenizer, words: tuple[str, ...], form: NeedleFormat = FORMAT) -> None:
         self.tokenizer, self.words, self.form = tokenizer, words, form
-        self.prefix_ids = tokenizer.encode(form.prefix)
-        self.middle_ids = tokenizer.encode(form.middle)
-        self.suffix_ids = tokenizer.encode(form.suffix)
-        self.newline_id = tokenizer.encode("\n")[-1]
-        self._word_ids = {word: tokenizer.encode(f" {word}") for word in words}
+        self.prefix_ids = tokenizer.encode_inside(form.prefix)
+        self.middle_ids = tokenizer.encode_inside(form.middle)
+        self.suffix_ids = tokenizer.encode_inside(form.suffix)
+        self._word_ids = {word: tokenizer.encode_inside(f" {word}") for word in words}
         for word in words:
             pair = (word, words[0])
             text = self.question(pair) + self.pair_text(pair) + form.suffix
@@ -90,6 +90,7 @@ class NeedleText:
                     allowed=repr(text),
                     fix="take a tokenizer that neither normalises nor adds a prefix; `moba-train prep` trains one",
                 )
+        self.newline_id = tokenizer.encode_inside("\n")[-1]
 
     def pair_text(self, pair: Pair) -> str:
         """A key or a value as it stands in the text, with its leading space."""
@@ -171,7 +172,8 @@ def questions_that_fit(text: NeedleText, length: int) -> int:
     """Questions of a training document: 5 at 128 tokens, growing with the root of the length, at most 3/4 of it."""
     pair = (text.words[0], text.words[1])
     cost = len(text.needle_ids(pair, pair)) + len(text.question_ids(pair)) + len(text.pair_ids(pair)) + 1
-    return max(1, min(round(5 * (length / 128) ** 0.5), int(0.75 * length) // cost))
+    wanted: int = round(5 * math.sqrt(length / 128))
+    return max(1, min(wanted, int(0.75 * length) // cost))
 
 
 def build_needle_document(
@@ -264,7 +266,7 @@ def build_niah_sample(
 def haystack_of(documents: IndexedDocuments, *, eod_id: int, max_tokens: int = 1 << 24) -> NDArray[np.int64]:
     """int64 [n]: the first max_tokens tokens of a source in file order, without end-of-document ids."""
     tokens = documents.tokens(0, min(max_tokens, documents.num_tokens)).astype(np.int64)
-    return tokens[tokens != eod_id]
+    return np.asarray(tokens[tokens != eod_id])
 
 
 def _room(available: int, needles: list[list[int]], num_asked: int, length: int) -> int:

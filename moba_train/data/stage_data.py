@@ -131,11 +131,10 @@ class _Source:
         meta_path = path.with_suffix(".json")
         if not (path.exists() and meta_path.exists()):
             with published(path) as aside, published(meta_path) as meta_aside:
-                out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.int64, shape=(num_rows + 1, 2))
+                out = _new_map(aside, (num_rows + 1, 2))
                 built = build_row_starts(
                     self.stream, packing=config.packing, seq_len=seq_len, num_rows=num_rows, out=out
                 )
-                out.flush()
                 meta_aside.write_text(json.dumps({"documents": built.num_documents, "cut": built.num_cut}) + "\n")
         self.starts = _map(path, (num_rows + 1, 2))
         meta = json.loads(meta_path.read_text())
@@ -161,16 +160,20 @@ def _open_mix(cache_dir: Path, counts: list[int]) -> NDArray[np.int64]:
     path = cache_dir / f"mix-{_digest([INDEX_VERSION, *counts])}.npy"
     if not path.exists():
         with published(path) as aside:
-            out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.int64, shape=(sum(counts), 2))
+            out = _new_map(aside, (sum(counts), 2))
             mix_rows(counts, out)
-            out.flush()
     return _map(path, (sum(counts), 2))
+
+
+def _new_map(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    made: NDArray[np.int64] = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _map(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
     fix = f"delete {path.parent}; it is built again"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError("cannot read a cached row index", where=str(path), got=str(error), fix=fix) from error
     if array.shape != shape:

@@ -64,6 +64,11 @@ class Tokenizer:
         """Ids of a text; no end-of-document is added."""
         return list(self._model.encode(text))
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a newline: without the space that some models put before a text."""
+        line_end, ids = self.encode("\n"), self.encode("\n" + text)
+        return ids[len(line_end) :] if line_end and ids[: len(line_end)] == line_end else self.encode(text)
+
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
         return [list(ids) for ids in self._model.encode(list(texts), num_threads=1)]

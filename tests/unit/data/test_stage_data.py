@@ -1,0 +1,229 @@
+"""Rows of a stage: what they hold, and that every row is a pure function of (seed, stage, i)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moba_train.config.schema import DataConfig, SourceConfig, StageConfig
+from moba_train.data.indexed import write_indexed
+from moba_train.data.sampler import rows_of_step
+from moba_train.data.stage_data import StageData
+from moba_train.errors import ConfigError, DataError
+
+EOD, PAD = 1, 2
+
+
+def write_text(tmp_path: Path, num_documents: int = 40, name: str = "text") -> str:
+    """Documents whose tokens say where they come from: 1000 * document + place, then EOD."""
+    rng = np.random.default_rng(7)
+    documents = [
+        [1000 * (d + 1) + place for place in range(int(rng.integers(1, 30)))] + [EOD] for d in range(num_documents)
+    ]
+    write_indexed(tmp_path / name, documents, vocab_size=1 << 20)
+    return str(tmp_path / name)
+
+
+def stage_of(mix: dict[str, float], *, seq_len: int = 16, rows: int = 24, rows_per_step: int = 4) -> StageConfig:
+    return StageConfig(tokens=rows * seq_len, tokens_per_step=rows_per_step * seq_len, seq_len=seq_len, mix=mix)
+
+
+def open_stage(tmp_path: Path, sources: dict[str, SourceConfig], stage: StageConfig, **options) -> StageData:
+    return StageData(
+        DataConfig(sources=sources),
+        stage,
+        stage_index=options.get("stage_index", 0),
+        seed=options.get("seed", 1),
+        cache_dir=tmp_path / options.get("cache", "cache"),
+        eod_id=EOD,
+        pad_id=PAD,
+    )
+
+
+def check_row(row) -> None:
+    """What holds for every row of text, read off the tokens themselves."""
+    assert row.tokens_S.dtype == row.labels_S.dtype == np.int64 and row.loss_mask_S.dtype == np.float32
+    assert row.cu_seqlens[0] == 0 and row.cu_seqlens[-1] == row.tokens_S.size
+    assert all(a < b for a, b in zip(row.cu_seqlens, row.cu_seqlens[1:], strict=False))
+    for document, start, end in zip(row.document_ids, row.cu_seqlens, row.cu_seqlens[1:], strict=False):
+        tokens, labels, mask = (x[start:end] for x in (row.tokens_S, row.labels_S, row.loss_mask_S))
+        if document == -1:
+            assert (tokens == PAD).all() and not mask.any()
+            continue
+        real = tokens != EOD
+        assert (tokens[real] // 1000 == document + 1).all()
+        assert np.array_equal(labels[:-1], tokens[1:])
+        # Also at a cut: the next token of the document, or its end.
+        assert ((labels[real] == tokens[real] + 1) | (labels[real] == EOD)).all()
+        assert np.array_equal(mask, real.astype(np.float32))
+
+
+def test_split_rows_hold_the_tokens_of_one_epoch_once_in_order(tmp_path):
+    path = write_text(tmp_path)
+    data = open_stage(tmp_path, {"text": SourceConfig(path)}, stage_of({"text": 1.0}))
+    pieces: dict[int, list[int]] = {}
+    for i in range(len(data)):
+        row = data.row(i)
+        check_row(row)
+        assert row.sample_id == i and row.source == "text" and -1 not in row.document_ids
+        for document, start, end in zip(row.document_ids, row.cu_seqlens, row.cu_seqlens[1:], strict=False):
+            pieces.setdefault(document, []).extend(row.tokens_S[start:end].tolist())
+    complete = [tokens for tokens in pieces.values() if tokens[-1] == EOD]
+    assert len(complete) >= len(pieces) - 1
+    for document, tokens in pieces.items():
+        expected = [1000 * (document + 1) + place for place in range(len(tokens))]
+        assert tokens[:-1] == expected[:-1] and tokens[-1] in (EOD, expected[-1])
+
+
+def test_a_label_at_a_cut_is_the_documents_real_next_token(tmp_path):
+    write_indexed(tmp_path / "one", [[10, 11, 12, 13, 14, EOD]], vocab_size=100)
+    data = open_stage(tmp_path, {"one": SourceConfig(str(tmp_path / "one"))}, stage_of({"one": 1}, seq_len=4, rows=3))
+    rows = [data.row(i) for i in range(3)]
+    assert [row.tokens_S.tolist() for row in rows] == [[10, 11, 12, 13], [14, EOD, 10, 11], [12, 13, 14, EOD]]
+    assert [row.labels_S.tolist() for row in rows] == [[11, 12, 13, 14], [EOD, EOD, 11, 12], [13, 14, EOD, EOD]]
+    assert [row.loss_mask_S.tolist() for row in rows] == [[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 0]]
+    assert [row.cu_seqlens for row in rows] == [(0, 4), (0, 2, 4), (0, 4)]
+    assert data.cut_share == 1.0
+
+
+def test_a_document_without_end_of_document_predicts_it(tmp_path):
+    write_indexed(tmp_path / "bare", [[10, 11, 12, 13]], vocab_size=100)
+    data = open_stage(
+        tmp_path, {"bare": SourceConfig(str(tmp_path / "bare"))}, stage_of({"bare": 1}, seq_len=4, rows=1)
+    )
+    assert data.row(0).labels_S.tolist() == [11, 12, 13, EOD]
+    assert data.row(0).loss_mask_S.tolist() == [1, 1, 1, 1]
+
+
+def test_whole_rows_cut_no_document_and_end_in_masked_padding(tmp_path):
+    source = SourceConfig(write_text(tmp_path), packing="whole")
+    data = open_stage(tmp_path, {"text": source}, stage_of({"text": 1.0}, seq_len=32))
+    assert data.cut_share == 0.0
+    padded = 0
+    for i in range(len(data)):
+        row = data.row(i)
+        check_row(row)
+        padded += row.document_ids[-1] == -1
+        for document, start, end in zip(row.document_ids, row.cu_seqlens, row.cu_seqlens[1:], strict=False):
+            if document >= 0:
+                assert row.tokens_S[start] == 1000 * (document + 1) or row.tokens_S[start] == EOD
+                assert row.tokens_S[end - 1] == EOD
+    assert padded
+
+
+def test_only_the_answers_of_needle_documents_count(tmp_path):
+    documents = [[10, 11, 12, 13, EOD], [20, 21, 22, 23, EOD]]
+    spans = np.array([[0, 1, 2], [0, 3, 4], [1, 2, 4]])
+    write_indexed(tmp_path / "needle", documents, vocab_size=100, spans=spans)
+    source = SourceConfig(str(tmp_path / "needle"), packing="whole")
+    data = open_stage(tmp_path, {"needle": source}, stage_of({"needle": 1}, seq_len=10, rows=1))
+    row = data.row(0)
+    assert sorted(row.labels_S[row.loss_mask_S > 0].tolist()) == [11, 13, 22, 23]
+
+
+def test_answers_count_also_where_a_row_boundary_cuts_their_document(tmp_path):
+    write_indexed(tmp_path / "n", [[10, 11, 12, 13, 14, EOD]], vocab_size=100, spans=np.array([[0, 2, 5]]))
+    data = open_stage(tmp_path, {"n": SourceConfig(str(tmp_path / "n"))}, stage_of({"n": 1}, seq_len=3, rows=2))
+    counted = [data.row(i).labels_S[data.row(i).loss_mask_S > 0].tolist() for i in range(2)]
+    assert counted == [[12, 13], [14]]
+
+
+def same(a, b) -> bool:
+    return (
+        np.array_equal(a.tokens_S, b.tokens_S)
+        and np.array_equal(a.labels_S, b.labels_S)
+        and np.array_equal(a.loss_mask_S, b.loss_mask_S)
+        and (a.cu_seqlens, a.source, a.sample_id, a.document_ids)
+        == (b.cu_seqlens, b.source, b.sample_id, b.document_ids)
+    )
+
+
+def mixed(tmp_path: Path, **options) -> StageData:
+    sources = {
+        "text": SourceConfig(write_text(tmp_path)),
+        "code": SourceConfig(write_text(tmp_path, 9, "code"), packing="whole"),
+    }
+    return open_stage(tmp_path, sources, stage_of({"text": 0.7, "code": 0.3}, seq_len=32, rows=40), **options)
+
+
+def test_a_row_is_the_same_in_any_process_and_in_any_order(tmp_path):
+    one, two = mixed(tmp_path), mixed(tmp_path, cache="elsewhere")
+    backwards = {i: two.row(i) for i in reversed(range(len(two)))}
+    assert all(same(one.row(i), backwards[i]) for i in range(len(one)))
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"stage_index": 1}])
+def test_another_seed_or_stage_shuffles_anew(tmp_path, change):
+    one, two = mixed(tmp_path), mixed(tmp_path, **change)
+    assert sum(same(one.row(i), two.row(i)) for i in range(len(one))) < 3
+
+
+def test_no_row_is_lost_or_repeated_on_any_mesh_and_over_a_resume_on_another(tmp_path):
+    data = mixed(tmp_path)
+    steps = len(data) // data.rows_per_step
+
+    def ids(first: int, stop: int, dp: int) -> list[int]:
+        return [
+            data.row(i).sample_id
+            for step in range(first, stop)
+            for rank in range(dp)
+            for i in rows_of_step(step, rows_per_step=data.rows_per_step, dp_rank=rank, dp=dp)
+        ]
+
+    expected = list(range(len(data)))
+    assert all(ids(0, steps, dp) == expected for dp in (1, 2, 4))
+    assert ids(0, 3, 4) + ids(3, 7, 1) + ids(7, steps, 2) == expected
+
+
+def test_the_mix_has_its_exact_share_of_rows(tmp_path):
+    data = mixed(tmp_path)
+    names = [data.row(i).source for i in range(len(data))]
+    assert data.rows_by_source == {"text": 28, "code": 12}
+    assert names.count("code") == 12 and names.count("text") == 28
+    assert 5 <= names[:20].count("code") <= 7
+
+
+def test_the_index_is_built_once(tmp_path, monkeypatch):
+    mixed(tmp_path)
+    monkeypatch.setattr("moba_train.data.stage_data.build_row_starts", lambda *a, **k: pytest.fail("built again"))
+    assert len(mixed(tmp_path)) == 40
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_other_data_under_the_same_name_does_not_reuse_the_index(tmp_path):
+    source = {"text": SourceConfig(str(tmp_path / "text"))}
+    write_text(tmp_path, 40)
+    open_stage(tmp_path, source, stage_of({"text": 1}))
+    write_text(tmp_path, 41)
+    open_stage(tmp_path, source, stage_of({"text": 1}))
+    assert len(list((tmp_path / "cache").glob("rows-*.npy"))) == 2
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    mixed(tmp_path)
+    path = next((tmp_path / "cache").glob("rows-*.npy"))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match="cached row index"):
+        mixed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [({"txt": 1.0}, "unknown source"), ({}, "no source"), ({"text": 0.0}, "no source"), ({"text": -1.0}, "weight")],
+)
+def test_a_mix_that_cannot_be_drawn_is_refused(tmp_path, mix, message):
+    with pytest.raises(ConfigError, match=message):
+        open_stage(tmp_path, {"text": SourceConfig(write_text(tmp_path))}, stage_of(mix))
+
+
+def test_a_missing_source_is_named(tmp_path):
+    with pytest.raises(DataError, match="not found") as caught:
+        open_stage(tmp_path, {"text": SourceConfig(str(tmp_path / "nowhere"))}, stage_of({"text": 1}))
+    assert "nowhere.idx" in caught.value.where
+
+
+def test_a_row_outside_the_stage_is_an_index_error(tmp_path):
+    data = mixed(tmp_path)
+    for i in (-1, len(data)):
+        with pytest.raises(IndexError):
+            data.row(i)
