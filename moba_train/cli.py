@@ -23,7 +23,7 @@ EXIT_USER = 2
 
 # When rank 0 fails too, the launcher ends the other ranks well within this time; a rank that outlives it has an error
 # of its own, and says so.
-_OTHER_RANK_WAIT_S = 3.0
+_OTHER_RANK_WAIT_S = 10.0
 
 _OVERRIDES = (
     "Every key of the configuration can be overridden: --section.key VALUE, for instance --parallel.cp 2 or "

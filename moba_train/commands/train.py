@@ -14,15 +14,15 @@ from moba_train.engine.base import Engine
 from moba_train.parallel.topology import Topology, close_topology
 from moba_train.plan_view import build_plan
 from moba_train.train import ranks
-from moba_train.train.checkpoint import CheckpointStore, load_checkpoint, set_aside_after
+from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import ConsoleLogger, Log, SilentLog
 from moba_train.train.flops import peak_tflops
 from moba_train.train.loop import TrainOutcome, train
 from moba_train.train.manifest import replace_text
 from moba_train.train.metrics import MetricSink, open_sinks
-from moba_train.train.progress import Identity, Progress
+from moba_train.train.progress import Progress
 from moba_train.train.record import Meter
-from moba_train.train.resume import StartingPoint, check_schedule, find_start
+from moba_train.train.resume import begin
 from moba_train.train.schedule import Schedule, build_schedule
 from moba_train.train.signals import StopSignals
 
@@ -40,26 +40,25 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         topology = join_ranks(config)
         run_dir = Path(config.run.dir)
         schedule = build_schedule(config.stages, config.optimizer)
-        begin = find_start(run_dir, resume)
         tokenizer = open_tokenizer(config.data, vocab_size=config.model.vocab_size)
         identity = identity_of(config, tokenizer, topology)
         engine = build_engine(config, topology)
         evaluators = build_evaluators(config, engine, tokenizer)
-        start = _restore(begin, engine, identity, schedule)
-        ranks.from_rank_0(lambda: _take_folder(run_dir, config, start))
-        log, sinks = _outputs(config, topology, start, schedule)
-        for line in (*_greeting(config, engine), *begin.notes):
+        start = begin(run_dir, resume, engine, identity, schedule)
+        ranks.from_rank_0(lambda: _take_folder(run_dir, config))
+        log, sinks = _outputs(config, topology, start.progress, schedule)
+        for line in (*_greeting(config, engine), *start.notes):
             log.line(line)
         try:
             outcome = train(
                 engine,
                 schedule=schedule,
-                start=start,
+                start=start.progress,
                 run=config.run,
                 checkpoint=config.checkpoint,
                 stage_data=_StageRows(config, tokenizer, run_dir / "cache", log),
                 evaluators=evaluators,
-                store=CheckpointStore(run_dir, identity, to_toml(config), config.checkpoint.keep_last),
+                store=CheckpointStore(run_dir, identity, to_toml(config), config.stages, config.checkpoint.keep_last),
                 meter=_meter(config, topology),
                 sinks=sinks,
                 log=log,
@@ -73,19 +72,9 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     return 0
 
 
-def _restore(begin: StartingPoint, engine: Engine, identity: Identity, schedule: Schedule) -> Progress:
-    """Load the checkpoint to begin from, if there is one. CheckpointError if it does not belong to this run."""
-    if begin.path is None:
-        return Progress()
-    progress = load_checkpoint(begin.path, engine, identity)
-    check_schedule(progress, schedule, begin.path)
-    return progress
-
-
-def _take_folder(run_dir: Path, config: RunConfig, start: Progress) -> None:
+def _take_folder(run_dir: Path, config: RunConfig) -> None:
     """Rank 0: make the run folder this run's own, now that nothing speaks against it any more."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    set_aside_after(run_dir, start.step)
     replace_text(run_dir / "config.toml", to_toml(config))
 
 
