@@ -4,8 +4,8 @@
                  `------------- needle -------------'              `------- question ----' `-- answer --'
 
 After github.com/gkamradt/LLMTest_NeedleInAHaystack and RULER (arXiv 2404.06654), built at token level so that every
-sample has exactly the length asked for. Keys and values are pairs of words; a hash of the pair decides whether it
-serves training or evaluation, so that no key and no value of an evaluation was ever trained on.
+sample has exactly the length asked for. Keys and values are phrases of a few words; a hash of the phrase decides
+whether it serves training or evaluation, so that no key and no value of an evaluation was ever trained on.
 
 A training document hides several needles and asks for all of them (its answers alone count in the loss); a sample of
 the evaluation hides one (and `distractors` more) and asks for it.
@@ -30,38 +30,50 @@ from moba_train.data.tokenizer import Tokenizer
 from moba_train.errors import DataError
 
 Split = Literal["train", "eval"]
-Pair = tuple[str, str]
+Phrase = tuple[str, ...]
+"""The words of a key or of a value."""
 
 
 @dataclass(frozen=True)
 class NeedleFormat:
-    """Every choice of wording, in one place. The question is the needle up to the value."""
+    """Every choice of wording, in one place: prefix key middle value suffix. The question is that up to the value."""
 
     prefix: str = "# magic"
     middle: str = " is"
     suffix: str = "\n"
+    key_words: int = 2
+    value_words: int = 2
+    num_words: int = 256
+    """Words in use: the first num_words of the asset."""
+    pieces: tuple[str, ...] = ("magic",)
+    """Further words that a trained tokenizer gets as one token each."""
     eval_share: int = 5
-    """One pair of words in eval_share is kept for evaluation."""
+    """One phrase in eval_share is kept for evaluation."""
+    questions_at_128: int = 5
+    """Needles, and questions, of a training document of 128 tokens; they grow with the root of the length."""
     snap_tokens: int = 24
     """A needle moves to the nearest line start if one is at most this far, so that it does not split a line."""
 
 
 FORMAT = NeedleFormat()
+DRAWS_PER_PHRASE = 1000
+"""So many draws find a fresh phrase even when half of the words are taken; more needles than that are refused."""
 
 
-def load_words() -> tuple[str, ...]:
+def load_words(form: NeedleFormat = FORMAT) -> tuple[str, ...]:
     """The words that keys and values are made of (an asset of this package)."""
-    return tuple(files("moba_train.data").joinpath("assets/words.txt").read_text("utf-8").split())
+    text = files("moba_train.data").joinpath("assets/words.txt").read_text("utf-8")
+    return tuple(text.split()[: form.num_words])
 
 
-def special_words(words: tuple[str, ...]) -> tuple[str, ...]:
+def special_words(form: NeedleFormat = FORMAT) -> tuple[str, ...]:
     """Words that a trained tokenizer gets as one token each, with their leading space."""
-    return (*words, "magic")
+    return (*load_words(form), *form.pieces)
 
 
-def split_of(pair: Pair, form: NeedleFormat = FORMAT) -> Split:
-    """Whether a pair of words serves training or evaluation: a hash decides."""
-    digest = hashlib.sha256(" ".join(pair).encode()).digest()
+def split_of(phrase: Phrase, form: NeedleFormat = FORMAT) -> Split:
+    """Whether a key or a value serves training or evaluation: a hash decides."""
+    digest = hashlib.sha256(" ".join(phrase).encode()).digest()
     return "eval" if digest[0] % form.eval_share == 0 else "train"
 
 
@@ -79,9 +91,9 @@ class NeedleText:
         self.suffix_ids = tokenizer.encode_inside(form.suffix)
         self._word_ids = {word: tokenizer.encode_inside(f" {word}") for word in words}
         for word in words:
-            pair = (word, words[0])
-            text = self.question(pair) + self.pair_text(pair) + form.suffix
-            decoded = tokenizer.decode(self.needle_ids(pair, pair))
+            key, value = (word,) * form.key_words, (word,) * form.value_words
+            text = self.question(key) + self.phrase_text(value) + form.suffix
+            decoded = tokenizer.decode(self.needle_ids(key, value))
             if decoded != text:
                 raise DataError(
                     "a needle does not survive encode -> decode",
@@ -92,36 +104,50 @@ class NeedleText:
                 )
         self.newline_id = tokenizer.encode_inside("\n")[-1]
 
-    def pair_text(self, pair: Pair) -> str:
+    def phrase_text(self, phrase: Phrase) -> str:
         """A key or a value as it stands in the text, with its leading space."""
-        return "".join(f" {word}" for word in pair)
+        return "".join(f" {word}" for word in phrase)
 
-    def question(self, key: Pair) -> str:
+    def question(self, key: Phrase) -> str:
         """The text that ends where the value begins."""
-        return self.form.prefix + self.pair_text(key) + self.form.middle
+        return self.form.prefix + self.phrase_text(key) + self.form.middle
 
-    def pair_ids(self, pair: Pair) -> list[int]:
+    def phrase_ids(self, phrase: Phrase) -> list[int]:
         """Ids of a key or a value."""
-        return [token for word in pair for token in self._word_ids[word]]
+        return [token for word in phrase for token in self._word_ids[word]]
 
-    def question_ids(self, key: Pair) -> list[int]:
+    def question_ids(self, key: Phrase) -> list[int]:
         """Ids of the question."""
-        return [*self.prefix_ids, *self.pair_ids(key), *self.middle_ids]
+        return [*self.prefix_ids, *self.phrase_ids(key), *self.middle_ids]
 
-    def needle_ids(self, key: Pair, value: Pair) -> list[int]:
+    def needle_ids(self, key: Phrase, value: Phrase) -> list[int]:
         """Ids of the whole sentence."""
-        return [*self.question_ids(key), *self.pair_ids(value), *self.suffix_ids]
+        return [*self.question_ids(key), *self.phrase_ids(value), *self.suffix_ids]
 
-    def draw_pairs(self, rng: np.random.Generator, n: int, split: Split) -> list[Pair]:
-        """n random pairs of one split; no word stands twice in them."""
-        pairs: list[Pair] = []
+    def draw(self, rng: np.random.Generator, n: int, split: Split) -> list[tuple[Phrase, Phrase]]:
+        """n random (key, value) of one split; no word stands twice among the keys, nor among the values."""
+        keys = self._draw_phrases(rng, n, self.form.key_words, split)
+        return list(zip(keys, self._draw_phrases(rng, n, self.form.value_words, split), strict=True))
+
+    def _draw_phrases(self, rng: np.random.Generator, n: int, num_words: int, split: Split) -> list[Phrase]:
+        phrases: list[Phrase] = []
         used: set[str] = set()
-        while len(pairs) < n:
-            a, b = (self.words[int(i)] for i in rng.integers(len(self.words), size=2))
-            if a != b and not used & {a, b} and split_of((a, b), self.form) == split:
-                pairs.append((a, b))
-                used |= {a, b}
-        return pairs
+        for _ in range(DRAWS_PER_PHRASE * n):
+            if len(phrases) == n:
+                break
+            phrase = tuple(self.words[int(i)] for i in rng.integers(len(self.words), size=num_words))
+            fresh = len(set(phrase)) == num_words and not used.intersection(phrase)
+            if fresh and split_of(phrase, self.form) == split:
+                phrases.append(phrase)
+                used.update(phrase)
+        if len(phrases) < n:
+            raise DataError(
+                "too many needles for the number of words",
+                where="needles of one sample",
+                got=f"{n} needles of {num_words} words, from {len(self.words)} words",
+                fix="ask for fewer needles or distractors",
+            )
+        return phrases
 
 
 @dataclass(frozen=True)
@@ -169,10 +195,10 @@ class NeedleSample:
 
 
 def questions_that_fit(text: NeedleText, length: int) -> int:
-    """Questions of a training document: 5 at 128 tokens, growing with the root of the length, at most 3/4 of it."""
-    pair = (text.words[0], text.words[1])
-    cost = len(text.needle_ids(pair, pair)) + len(text.question_ids(pair)) + len(text.pair_ids(pair)) + 1
-    wanted: int = round(5 * math.sqrt(length / 128))
+    """Questions of a training document (`NeedleFormat.questions_at_128`); with their needles at most 3/4 of it."""
+    key, value = text.words[: text.form.key_words], text.words[: text.form.value_words]
+    cost = 2 * len(text.needle_ids(key, value))
+    wanted: int = round(text.form.questions_at_128 * math.sqrt(length / 128))
     return max(1, min(wanted, int(0.75 * length) // cost))
 
 
@@ -197,15 +223,15 @@ def build_needle_document(
     """
     rng = np.random.default_rng([seed, length, index])
     n = questions_that_fit(text, length) if num_needles == "auto" else num_needles
-    pairs = list(zip(text.draw_pairs(rng, n, "train"), text.draw_pairs(rng, n, "train"), strict=True))
+    pairs = text.draw(rng, n, "train")
     order = [pairs[int(i)] for i in rng.permutation(n)]
     asked: list[int] = []
     spans: list[tuple[int, int]] = []
     for key, value in order:
         asked += text.suffix_ids if asked else []
         asked += text.question_ids(key)
-        spans.append((len(asked), len(asked) + len(text.pair_ids(value))))
-        asked += text.pair_ids(value)
+        spans.append((len(asked), len(asked) + len(text.phrase_ids(value))))
+        asked += text.phrase_ids(value)
     needles = [text.needle_ids(key, value) for key, value in pairs]
     room = _room(length - 1, needles, len(asked), length)
     places = [float(x) for x in rng.random(n)]
@@ -239,9 +265,9 @@ def build_niah_sample(
         raise DataError("needle depth out of range", where="niah", got=depth_percent, allowed="0 .. 100 (percent)")
     rng = np.random.default_rng([seed, length, round(depth_percent * 1000), index])
     n = 1 + distractors
-    pairs = list(zip(text.draw_pairs(rng, n, "eval"), text.draw_pairs(rng, n, "eval"), strict=True))
+    pairs = text.draw(rng, n, "eval")
     key, value = pairs[0]
-    asked = [*text.question_ids(key), *text.pair_ids(value)]
+    asked = [*text.question_ids(key), *text.phrase_ids(value)]
     needles = [text.needle_ids(*pair) for pair in pairs]
     room = _room(length, needles, len(asked), length)
     places = [depth_percent / 100, *(float(x) for x in rng.random(distractors))]
@@ -249,12 +275,12 @@ def build_niah_sample(
     value_start = starts[0] + len(text.question_ids(key))
     return NeedleSample(
         tokens=np.array([*hidden, *asked], dtype=np.int64),
-        answer_start=length - len(text.pair_ids(value)),
+        answer_start=length - len(text.phrase_ids(value)),
         answer_end=length,
         needle_start=starts[0],
         needle_end=starts[0] + len(needles[0]),
         value_start=value_start,
-        value_end=value_start + len(text.pair_ids(value)),
+        value_end=value_start + len(text.phrase_ids(value)),
         key=" ".join(key),
         value=" ".join(value),
         question=text.question(key),

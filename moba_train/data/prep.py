@@ -254,8 +254,7 @@ def _make_tokenizer(options: PrepOptions, survey: _Survey) -> Tokenizer:
         with published(path) as aside:
             aside.write_bytes(model)
         return Tokenizer(path, model)
-    words = special_words(load_words())
-    return train_tokenizer(survey.sample, path, vocab_size=options.vocab_size, words=words)
+    return train_tokenizer(survey.sample, path, vocab_size=options.vocab_size, words=special_words())
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding

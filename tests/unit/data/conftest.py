@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_train.data.needles import load_words, special_words
+from moba_train.data.needles import special_words
 from moba_train.data.tokenizer import Tokenizer, train_tokenizer
 
 LINES = (
@@ -24,5 +24,5 @@ def corpus(num_documents: int) -> list[str]:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """700 ids, the needle words among them."""
     folder: Path = tmp_path_factory.mktemp("tokenizer")
-    words = special_words(load_words())
+    words = special_words()
     return train_tokenizer(corpus(60), folder / "tokenizer.model", vocab_size=700, words=words)

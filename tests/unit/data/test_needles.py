@@ -33,6 +33,16 @@ def sample(text, haystack, length=256, depth=40.0, index=0, **options):
     return build_niah_sample(text, haystack, length=length, depth_percent=depth, seed=3, index=index, **options)
 
 
+def sentences(tokenizer, text, tokens) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(key, value) of every needle and answered question, in order."""
+    found = []
+    for line in tokenizer.decode(tokens).split(text.form.prefix)[1:]:
+        words = line.replace(text.form.middle + " ", " ", 1).split()
+        end = text.form.key_words + text.form.value_words
+        found.append((tuple(words[: text.form.key_words]), tuple(words[text.form.key_words : end])))
+    return found
+
+
 def test_words_are_many_distinct_and_plain():
     words = load_words()
     assert len(words) >= 100 and len(set(words)) == len(words)
@@ -108,31 +118,35 @@ def test_a_training_document_has_its_exact_length_and_asks_for_every_needle(toke
 
 
 def test_training_and_evaluation_share_no_key_and_no_value(tokenizer, text, haystack):
-    def pairs_in(tokens) -> set[str]:
-        lines = tokenizer.decode(tokens).split(text.form.prefix)[1:]
-        words = [line.split()[:5] for line in lines]
-        return {f"{w[0]} {w[1]}" for w in words} | {f"{w[3]} {w[4]}" for w in words}
+    def phrases_in(tokens) -> set[tuple[str, ...]]:
+        return {phrase for line in sentences(tokenizer, text, tokens) for phrase in line}
 
     trained = set()
     for index in range(150):
-        trained |= pairs_in(build_needle_document(text, haystack, length=256, seed=1, index=index).tokens_L)
-    evaluated = {
-        x for index in range(150) for made in [sample(text, haystack, index=index)] for x in (made.key, made.value)
-    }
+        trained |= phrases_in(build_needle_document(text, haystack, length=256, seed=1, index=index).tokens_L)
+    evaluated = set()
+    for index in range(150):
+        made = sample(text, haystack, index=index)
+        evaluated |= {tuple(made.key.split()), tuple(made.value.split())}
     assert len(trained) > 500 and len(evaluated) > 200
     assert not trained & evaluated
-    assert all(split_of(tuple(pair.split())) == "train" for pair in trained)
-    assert all(split_of(tuple(pair.split())) == "eval" for pair in evaluated)
+    assert {split_of(phrase) for phrase in trained} == {"train"}
+    assert {split_of(phrase) for phrase in evaluated} == {"eval"}
 
 
 def test_questions_come_in_another_order_than_needles(tokenizer, text, haystack):
     same_order = 0
     for index in range(20):
         made = build_needle_document(text, haystack, length=256, seed=1, index=index, num_needles=6)
-        keys = [" ".join(line.split()[:2]) for line in tokenizer.decode(made.tokens_L).split(text.form.prefix)[1:]]
-        same_order += keys[:6] == keys[6:]
-        assert sorted(keys[:6]) == sorted(keys[6:])
+        pairs = sentences(tokenizer, text, made.tokens_L)
+        same_order += pairs[:6] == pairs[6:]
+        assert sorted(pairs[:6]) == sorted(pairs[6:])
     assert same_order <= 2
+
+
+def test_more_needles_than_words_are_refused(text, haystack):
+    with pytest.raises(DataError, match="too many needles"):
+        sample(text, haystack, 8192, distractors=len(text.words))
 
 
 def test_a_short_haystack_is_repeated(text, haystack):

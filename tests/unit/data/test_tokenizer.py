@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moba_train.data.needles import load_words, special_words
+from moba_train.data.needles import special_words
 from moba_train.data.tokenizer import SPACE, load_tokenizer, train_tokenizer
 from moba_train.errors import DataError
 from tests.unit.data.conftest import corpus
@@ -38,7 +38,7 @@ def test_special_ids_are_never_made_from_text(tokenizer):
 
 
 def test_each_needle_word_is_one_token(tokenizer):
-    assert all(len(tokenizer.encode(f" {word}")) == 1 for word in special_words(load_words()))
+    assert all(len(tokenizer.encode(f" {word}")) == 1 for word in special_words())
 
 
 def test_newline_is_a_token_of_its_own(tokenizer):
@@ -46,7 +46,7 @@ def test_newline_is_a_token_of_its_own(tokenizer):
 
 
 def test_training_twice_gives_the_same_bytes(tokenizer, tmp_path):
-    words = special_words(load_words())
+    words = special_words()
     again = train_tokenizer(corpus(60), tmp_path / "again.model", vocab_size=700, words=words)
     assert again.fingerprint == tokenizer.fingerprint
     assert again.vocab_size == 700
