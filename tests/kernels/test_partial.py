@@ -142,3 +142,15 @@ def test_bf16_partials_are_refused():
     out, lse = torch.zeros(1, 1, 4, dtype=torch.bfloat16), torch.zeros(1, 1)
     with pytest.raises(ValueError, match="fp32"):
         merge_partials(out, lse, out, lse)
+
+
+@pytest.mark.parametrize("first", range(5, 9))
+def test_a_tile_whose_first_query_misses_only_the_last_key_is_masked(first):
+    pack, rows, keys = Pack([0, 24]), torch.arange(first, first + 8), torch.arange(8)
+    q, k, v, _ = make_qkv([0, 24])
+    part = attend_partial(q[rows], k[keys], v[keys], Full(), pack=pack, q_positions=rows, k_positions=keys)
+    for i, position in enumerate(rows.tolist()):
+        seen = min(position + 1, 8)
+        alone = attend(q[position].expand(seen, -1, -1), k[:seen], v[:seen], Full(), backend="reference")
+        assert_close(part.out[i], alone.out[-1], 1e-13)
+        assert_close(part.lse[i], alone.lse[-1], 1e-13)
