@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ def published(path: Path) -> Iterator[Path]:
     Several processes may publish the same file at once: each writes its own, the last rename wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield aside
         with open(aside, "rb") as stream:

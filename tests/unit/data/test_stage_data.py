@@ -1,5 +1,6 @@
 """Rows of a stage: what they hold, and that every row is a pure function of (seed, stage, i)."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,14 @@ def test_the_index_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setattr("moba_train.data.stage_data.build_row_starts", lambda *a, **k: pytest.fail("built again"))
     assert len(mixed(tmp_path)) == 40
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_ranks_that_start_at_once_build_the_same_index(tmp_path):
+    path, stage = write_text(tmp_path), stage_of({"text": 1.0}, rows=30)
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: open_stage(tmp_path, {"text": SourceConfig(path)}, stage), range(4)))
+    assert all(same(built[0].row(i), other.row(i)) for other in built for i in range(30))
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy", ".npy"]
 
 
 def test_other_data_under_the_same_name_does_not_reuse_the_index(tmp_path):
