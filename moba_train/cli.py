@@ -186,6 +186,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
 
         print(render_plan(build_plan(config), config), end="")
         return EXIT_DONE
+    from moba_train.config.validate import check_world_size
+
+    check_world_size(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))  # before anything slow is imported
     from moba_train.commands.train import run_train
 
     return run_train(config, resume=args.resume)
