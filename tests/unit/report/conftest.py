@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,31 +131,34 @@ def _niah() -> list[NiahRecord]:
     return records
 
 
+def write_run(
+    folder: Path, *, steps: int = 10**6, with_niah: bool = True, only_metrics: bool = False, stage_name: str = ""
+) -> Path:
+    """Writes a run folder into `folder`; parts can be left out and stages renamed."""
+    run = folder / "demo run"
+    checkpoint = run / "checkpoints" / "step_00000450"
+    checkpoint.mkdir(parents=True)
+    lines = _metrics()[:steps]
+    if stage_name:
+        lines = [line | {"stage": stage_name} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if only_metrics:
+        return run
+    if with_niah:
+        text = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in _niah())
+        (run / "niah.jsonl").write_text(text)
+    stages = "".join(STAGE.format(s[0], s[1], s[2], s[3] * 8192, s[4], s[5]) for s in STAGES)
+    (run / "config.toml").write_text(CONFIG + stages)
+    state = {
+        "step": 450,
+        "mesh": {"tp": 1, "cp": 2, "pp": 1, "dp": 1},
+        "versions": {"python": "3.11.9", "torch": "2.13.0"},
+    }
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    return run
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run folder; parts can be left out and stages renamed."""
-
-    def make(*, steps: int = 10**6, with_niah: bool = True, only_metrics: bool = False, stage_name: str = "") -> Path:
-        run = tmp_path / "demo run"
-        checkpoint = run / "checkpoints" / "step_00000450"
-        checkpoint.mkdir(parents=True)
-        lines = _metrics()[:steps]
-        if stage_name:
-            lines = [line | {"stage": stage_name} for line in lines]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if only_metrics:
-            return run
-        if with_niah:
-            text = "".join(json.dumps(dataclasses.asdict(record)) + "\n" for record in _niah())
-            (run / "niah.jsonl").write_text(text)
-        stages = "".join(STAGE.format(s[0], s[1], s[2], s[3] * 8192, s[4], s[5]) for s in STAGES)
-        (run / "config.toml").write_text(CONFIG + stages)
-        state = {
-            "step": 450,
-            "mesh": {"tp": 1, "cp": 2, "pp": 1, "dp": 1},
-            "versions": {"python": "3.11.9", "torch": "2.13.0"},
-        }
-        (checkpoint / "state.json").write_text(json.dumps(state))
-        return run
-
-    return make
+    """`write_run` into this test's folder."""
+    return partial(write_run, tmp_path)
