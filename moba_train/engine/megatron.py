@@ -237,7 +237,7 @@ def _forward(
 def _summed_loss(local: LocalRow, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token losses [1,S] -> (their masked sum, counted tokens, both in fp64 for the report)."""
     loss_sum = (losses.float() * local.loss_mask).sum()
-    num_tokens = local.loss_mask.sum()
+    num_tokens = local.loss_mask.count_nonzero()
     report = torch.stack([loss_sum.detach().double(), num_tokens.double()])
     return loss_sum, num_tokens.to(torch.int), report
 

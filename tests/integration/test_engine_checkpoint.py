@@ -1,0 +1,99 @@
+"""Sharded state: what continues is bit-equal on the same mesh, and fits any other mesh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moba_train.config.schema import EngineConfig, OptimizerConfig
+from moba_train.errors import ConfigError
+from moba_train.train.megatron_io import load_sharded, save_sharded
+from tests.distributed import run_ranks
+from tests.integration.engine_case import CASES, Case, engine_of, moments, packed_row, weights
+
+ROWS = tuple(packed_row(seed) for seed in range(6))
+
+
+def case_of(precision: str, distributed: bool) -> Case:
+    engine = EngineConfig(device="cpu", precision=precision, distributed_optimizer=distributed)  # type: ignore[arg-type]
+    return replace(CASES["mixed"], engine=engine, optimizer=OptimizerConfig())
+
+
+def trained(
+    rank: int, n: int, case: Case, mesh: dict[str, int], load: Path | None, save: Path | None, steps: range
+) -> dict[str, Any]:
+    """Build, load if asked to, train over some rows, save if asked to; returns what the ranks hold then."""
+    engine = engine_of(case, seed=7 if load is None else 8, **mesh)  # other initial weights: loading must replace all
+    if load is not None:
+        engine.load_state_dict(load_sharded(engine.sharded_state_dict(is_loading=True), load))
+    losses = [engine.train_step([ROWS[i]], lr=1e-2).loss for i in steps]
+    if save is not None:
+        save_sharded(engine.sharded_state_dict(is_loading=False), save)
+    return {"losses": losses, "weights": weights(engine), "moments": moments(engine)}
+
+
+def folder(tmp_path: Path, name: str) -> Path:
+    path = tmp_path / name
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
+def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, distributed: bool) -> None:
+    case, mesh = case_of(precision, distributed), {"cp": 2}
+    straight = run_ranks(trained, 2, case, mesh, None, None, range(4))
+    at_2 = folder(tmp_path, "at_2")
+    run_ranks(trained, 2, case, mesh, None, at_2, range(2))
+    resumed = run_ranks(trained, 2, case, mesh, at_2, None, range(2, 4))
+    for whole, rest in zip(straight, resumed, strict=True):
+        assert rest["losses"] == whole["losses"][2:]
+        for name, value in whole["weights"].items():
+            np.testing.assert_array_equal(rest["weights"][name], value, err_msg=name)
+        for a, b in zip(rest["moments"], whole["moments"], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_state_moves_between_meshes_without_a_change(tmp_path: Path) -> None:
+    """CP=2 -> CP=1 -> CP=2 -> TP=2 -> CP=1, saving without training: the last reads what the first wrote."""
+    case, previous = case_of("fp32", True), None
+    route = ({"cp": 2}, {"cp": 1}, {"cp": 2}, {"tp": 2}, {"cp": 1})
+    for i, mesh in enumerate(route):
+        n = mesh.get("cp", 1) * mesh.get("tp", 1)
+        here = folder(tmp_path, f"mesh_{i}")
+        steps = range(2) if previous is None else range(0)
+        found = run_ranks(trained, n, case, mesh, previous, here, steps)
+        if mesh.get("tp", 1) == 1:
+            first = found if previous is None else first
+            for name, value in first[0]["weights"].items():
+                np.testing.assert_array_equal(found[0]["weights"][name], value, err_msg=f"{mesh} {name}")
+        previous = here
+    again = run_ranks(trained, 2, case, {"cp": 2}, previous, None, range(0))
+    for of_first, of_again in zip(first, again, strict=True):
+        for a, b in zip(of_first["moments"], of_again["moments"], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_model_that_was_never_trained_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    at_0 = folder(tmp_path, "at_0")
+    case = case_of("fp32", True)
+    (fresh,) = run_ranks(trained, 1, case, {}, None, at_0, range(0))
+    (loaded,) = run_ranks(trained, 1, case, {}, at_0, None, range(0))
+    for name, value in fresh["weights"].items():
+        np.testing.assert_array_equal(loaded["weights"][name], value)
+
+
+def refused(rank: int, n: int, case: Case, mesh: dict[str, int]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        engine_of(case, **mesh)
+    return str(caught.value)
+
+
+def test_meshes_that_do_not_divide_the_model_are_refused_by_name() -> None:
+    odd = replace(CASES["full"], model=replace(CASES["full"].model, num_layers=3))
+    assert "parallel.pp" in run_ranks(refused, 2, odd, {"pp": 2})[0]
+    assert "tied head" in run_ranks(refused, 2, case_of("fp32", True), {"pp": 2})[0]
