@@ -5,7 +5,8 @@
                                               reduce-scatter dK, dV in fp32
 
 The gather of the next stride is under way while this one is computed. Bytes received per rank and layer: forward
-(N-1)/N * T*K*(D+Dv)*e, backward the same plus (N-1)/N * T*K*(D+Dv)*4: flat in N. The buffer holds two strides.
+(N-1)/N * T*K*(D+Dv)*e, backward the same plus (N-1)/N * T*K*(D+Dv)*4: flat in N. At most two
+strides are held at a time: the one being computed and the one that arrives.
 
 Shape letters: T tokens of the row, S tokens of the shard, L tokens of the longest shard, H query heads, K key/value
 heads (of a stride, inside the helpers), D head dim, Dv value dim, N ranks.
@@ -56,6 +57,7 @@ class AllGather:
             )
             outs.append(partial.out)
             lses.append(partial.lse)
+            del k_TKD, v_TKD  # before the next stride takes its place
         return Partial(torch.cat(outs, 1), torch.cat(lses, 1))
 
     def backward(
@@ -94,6 +96,7 @@ class AllGather:
             if going is not None:
                 going.finish(dks, dvs)
             going = _start_reduce_scatter(dk_TKD, dv_TKD, k_SKD.shape[0], call)
+            del k_TKD, v_TKD, dk_TKD, dv_TKD
         assert going is not None  # there is at least one KV head
         going.finish(dks, dvs)
         return torch.cat(dqs, 1), torch.cat(dks, 1), torch.cat(dvs, 1)
@@ -108,12 +111,15 @@ class AllGather:
         num_kv_heads = k_SKD.shape[1]
         stride = self.stride(call.pack.num_tokens, k_SKD, v_SKD)
         strides = [(first, min(first + stride, num_kv_heads)) for first in range(0, num_kv_heads, stride)]
-        coming = _start_gather(k_SKD, v_SKD, *strides[0], call)
-        for index, (first, stop) in enumerate(strides):
+        coming: _Gather | None = _start_gather(k_SKD, v_SKD, *strides[0], call)
+        for (first, stop), following in zip(strides, [*strides[1:], None], strict=True):
+            assert coming is not None
             k_TKD, v_TKD = coming.finish()
-            if index + 1 < len(strides):
-                coming = _start_gather(k_SKD, v_SKD, *strides[index + 1], call)
+            coming = None  # its buffer goes before the next one comes
+            if following is not None:
+                coming = _start_gather(k_SKD, v_SKD, *following, call)
             yield first, stop, k_TKD, v_TKD
+            del k_TKD, v_TKD
 
 
 @dataclass(frozen=True)
