@@ -41,7 +41,7 @@ class ConsoleLogger:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._stage = ""
         self._window_s: list[float] = []
-        self._mean_step_s = 0.0
+        self._smooth_s = 0.0  # for the ETA, which should not jump
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -71,9 +71,10 @@ class ConsoleLogger:
         due = step % self._log_every == 0 or step == self._total_steps or new_stage or evaluated
         if due or "train/bad" in record:
             mean_s = sum(self._window_s) / len(self._window_s)
-            self._mean_step_s = mean_s if not self._mean_step_s else 0.5 * (self._mean_step_s + mean_s)
+            self._smooth_s = mean_s if not self._smooth_s else 0.5 * (self._smooth_s + mean_s)
             self._window_s.clear()
-            self.line(format_step(record, total_steps=self._total_steps, mean_step_s=self._mean_step_s))
+            remaining_s = (self._total_steps - step) * self._smooth_s
+            self.line(format_step(record, total_steps=self._total_steps, mean_step_s=mean_s, remaining_s=remaining_s))
 
     def flush(self) -> None:
         """Nothing is buffered."""
@@ -84,8 +85,8 @@ class ConsoleLogger:
             self._bar.stop()
 
 
-def format_step(record: Record, *, total_steps: int, mean_step_s: float) -> str:
-    """The log line of a step; throughput and ETA from `mean_step_s`, the mean of the steps since the last line."""
+def format_step(record: Record, *, total_steps: int, mean_step_s: float, remaining_s: float) -> str:
+    """The log line of a step; throughput and MFU are the mean of the steps since the last line."""
     step = int(record["step"])
     faster = record["perf/step_time_s"] / mean_step_s if mean_step_s else 1.0
     mfu = f"{100.0 * record['perf/mfu'] * faster:.1f}%" if "perf/mfu" in record else "n/a"
@@ -100,7 +101,7 @@ def format_step(record: Record, *, total_steps: int, mean_step_s: float) -> str:
         f"MFU {mfu}",
         f"mem {record['memory/peak_gib']:.2f} GiB",
         f"density {record['train/density']:.3f}",
-        f"ETA {format_duration((total_steps - step) * mean_step_s)}",
+        f"ETA {format_duration(remaining_s)}",
     ]
     if "train/bad" in record:
         parts.append("NOT FINITE, step skipped")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import pkgutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore, list_checkpoints, load_checkpoint, set_aside_after
 from moba_train.train.manifest import find_damage
 from moba_train.train.progress import Progress
+from moba_train.train.resume import find_start
 from tests.unit.train.toy import STAGES, ToyEngine, identity
 
 
@@ -198,3 +200,41 @@ def test_a_branch_that_is_left_is_set_aside_and_not_deleted(tmp_path: Path, topo
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
     assert find_damage(tmp_path / "checkpoints" / "step_00000003.abandoned") == ""
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001\n"
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("point", ["write_manifest", "seal_files", "replace_text", "os.replace", "shutil.rmtree"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_process_killed_at_any_point_of_a_save_leaves_an_intact_checkpoint(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch, point: str, call: int
+) -> None:
+    engine = ToyEngine(topology)
+    for step in (1, 2):
+        a_store(tmp_path, keep_last=2).save(engine, at(step), stage_end=False)
+    calls = 0
+
+    def dies(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    target = f"moba_train.train.checkpoint.{point}"
+    original = pkgutil.resolve_name(target)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, dies)
+        try:
+            a_store(tmp_path, keep_last=2).save(engine, at(3), stage_end=False)
+        except Killed:
+            pass
+        else:
+            assert calls < call  # this point is passed less often than that
+    found = find_start(tmp_path, "auto")
+    assert found.path is not None and found.path.name in ("step_00000002", "step_00000003")
+    assert load_checkpoint(found.path, ToyEngine(topology), identity()).step in (2, 3)
+    a_store(tmp_path, keep_last=2).save(engine, at(4), stage_end=False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.suffix] == []  # leftovers are cleared

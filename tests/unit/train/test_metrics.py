@@ -92,23 +92,25 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_the_log_line_names_everything_and_says_na_without_a_peak() -> None:
-    line = format_step(a_record(3), total_steps=10, mean_step_s=0.5)
+    line = format_step(a_record(3), total_steps=10, mean_step_s=0.5, remaining_s=3.5)
     assert line == (
         "step  3/10 | short | loss 0.3333 | lr 3.00e-03 | grad 0.500 | 32 tok/s (16/rank) | MFU n/a | mem 0.25 GiB"
         " | density 0.750 | ETA 4s"
     )
-    assert "MFU 41.5%" in format_step(a_record(3, **{"perf/mfu": 0.415}), total_steps=10, mean_step_s=0.5)
+    assert "MFU 41.5%" in format_step(
+        a_record(3, **{"perf/mfu": 0.415}), total_steps=10, mean_step_s=0.5, remaining_s=3.5
+    )
 
 
 def test_nan_is_seen_in_the_log_line() -> None:
     record = a_record(3, **{"train/loss": math.nan, "train/grad_norm": math.inf, "train/bad": True})
-    line = format_step(record, total_steps=10, mean_step_s=0.5)
+    line = format_step(record, total_steps=10, mean_step_s=0.5, remaining_s=3.5)
     assert "loss NAN" in line and "grad INF" in line and "step skipped" in line
 
 
 def test_evaluations_stand_under_the_log_line() -> None:
     record = a_record(3, **{"eval/loss_moba": 2.5, "eval/position_loss_moba": [1.0]})
-    assert format_step(record, total_steps=10, mean_step_s=0.5).endswith("\n  eval: loss_moba 2.5000")
+    assert format_step(record, total_steps=10, mean_step_s=0.5, remaining_s=3.5).endswith("\n  eval: loss_moba 2.5000")
 
 
 @pytest.mark.parametrize(

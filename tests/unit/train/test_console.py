@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from moba_train.train.console import ConsoleLogger
+from tests.unit.train.test_metrics import a_record
+
+
+def log_of(records: list[dict[str, object]], *, terminal: bool = False, log_every: int = 4) -> list[str]:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=200, highlight=False, soft_wrap=True)
+    logger = ConsoleLogger(log_every=log_every, total_steps=10, resume_step=0, console=console)
+    for record in records:
+        logger.write(record)
+    logger.close()
+    return stream.getvalue().splitlines()
+
+
+def test_a_line_every_n_steps_and_for_the_first_step_of_a_stage_and_the_last_of_the_run() -> None:
+    stages = ["short"] * 5 + ["long"] * 5
+    lines = log_of([a_record(step, stage=stages[step - 1]) for step in range(1, 11)])
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == [1, 4, 6, 8, 10]
+
+
+def test_bad_and_evaluated_steps_are_never_left_out() -> None:
+    records = [a_record(step) for step in range(1, 4)]
+    records[1]["train/bad"] = True
+    records[2]["eval/loss_moba"] = 2.0
+    lines = log_of(records)
+    assert "NOT FINITE" in lines[1] and lines[2].startswith("step  3/10") and lines[3] == "  eval: loss_moba 2.0000"
+
+
+def test_throughput_is_the_mean_since_the_last_line() -> None:
+    slow = {"perf/step_time_s": 1.5, "perf/tokens_per_s": 16 / 1.5, "perf/tokens_per_s_per_rank": 8 / 1.5}
+    lines = log_of([a_record(1), a_record(2, **slow), a_record(3)], log_every=3)
+    assert "32 tok/s (16/rank)" in lines[0]
+    assert "16 tok/s (8/rank)" in lines[1]  # steps of 1.5 s and 0.5 s, 16 tokens each
+    assert "ETA 5s" in lines[1]  # 7 steps to go, at the mean of 0.5 s (the first line) and 1.0 s (since then)
+
+
+def test_no_control_characters_reach_a_file() -> None:
+    assert all(line.isprintable() for line in log_of([a_record(1), a_record(2)]))
+
+
+def test_brackets_in_a_stage_name_are_not_markup() -> None:
+    assert "| [bold] |" in log_of([a_record(1, stage="[bold]")])[0]
+
+
+def test_a_terminal_gets_a_progress_bar() -> None:
+    assert "\x1b[" in "".join(log_of([a_record(1)], terminal=True))
