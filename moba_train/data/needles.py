@@ -1,7 +1,10 @@
-"""Needles in a haystack: sentences "key is value" hidden in real text, and the questions that ask for them.
+"""Needles in a haystack: lines "key value" hidden in real text, and the questions that ask for the value.
 
-    ... text ... # magic amber river is silver walnut ... text ... # magic amber river is [silver walnut]
-                 `------------- needle -------------'              `------- question ----' `-- answer --'
+    ... text ... # magic amber river silver walnut ... text ... # magic amber river [silver walnut]
+                 `------------ needle -----------'              `---- question ----' `-- answer --'
+
+Key and value touch: with a word in between ("is"), a small model has to find the first word of the value in two hops
+(from that word back to the key, then forth to the value) and stays at half of the answers for very long.
 
 After github.com/gkamradt/LLMTest_NeedleInAHaystack and RULER (arXiv 2404.06654), built at token level so that every
 sample has exactly the length asked for. Keys and values are phrases of a few words; a hash of the phrase decides
@@ -39,18 +42,18 @@ class NeedleFormat:
     """Every choice of wording, in one place: prefix key middle value suffix. The question is that up to the value."""
 
     prefix: str = "# magic"
-    middle: str = " is"
+    middle: str = ""
     suffix: str = "\n"
     key_words: int = 2
     value_words: int = 2
-    num_words: int = 256
+    num_words: int = 128
     """Words in use: the first num_words of the asset."""
     pieces: tuple[str, ...] = ("magic",)
     """Further words that a trained tokenizer gets as one token each."""
     eval_share: int = 5
     """One phrase in eval_share is kept for evaluation."""
-    questions_at_128: int = 5
-    """Needles, and questions, of a training document of 128 tokens; they grow with the root of the length."""
+    questions_at_128: int = 7
+    """Needles, and questions, of a training document of 128 tokens; they grow with length ** 0.75."""
     snap_tokens: int = 24
     """A needle moves to the nearest line start if one is at most this far, so that it does not split a line."""
 
@@ -195,11 +198,12 @@ class NeedleSample:
 
 
 def questions_that_fit(text: NeedleText, length: int) -> int:
-    """Questions of a training document (`NeedleFormat.questions_at_128`); with their needles at most 3/4 of it."""
-    key, value = text.words[: text.form.key_words], text.words[: text.form.value_words]
-    cost = 2 * len(text.needle_ids(key, value))
-    wanted: int = round(text.form.questions_at_128 * math.sqrt(length / 128))
-    return max(1, min(wanted, int(0.75 * length) // cost))
+    """Needles, and questions, of a training document: they fill at most 4/5 of it and use at most half of the words."""
+    form = text.form
+    cost = 2 * len(text.needle_ids(text.words[: form.key_words], text.words[: form.value_words]))
+    wanted = round(form.questions_at_128 * math.pow(length / 128, 0.75))
+    most = len(text.words) // (2 * max(form.key_words, form.value_words))
+    return max(1, min(wanted, int(0.8 * length) // cost, most))
 
 
 def build_needle_document(
