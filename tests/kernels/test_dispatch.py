@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +158,20 @@ def test_a_routing_frozen_from_an_earlier_call_is_the_one_used():
     second = attend(-q, k, v, MoBA(4, 2), routing=first.routing, return_routing=True)
     assert second.routing is first.routing
     assert not attend(-q, k, v, MoBA(4, 2), return_routing=True).routing.equals(first.routing)
+
+
+@pytest.mark.parametrize("first", ["moba_kernels.spec", "moba_kernels.dispatch", "moba_kernels.attend.torch"])
+def test_specs_need_no_torch_and_folders_never_hide_the_functions_of_their_name(first):
+    program = (
+        f"import sys, {first}; print('torch' in sys.modules)\n"
+        "import moba_kernels; print(callable(moba_kernels.attend), callable(moba_kernels.route))"
+    )
+    root = Path(moba_kernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.stdout.split() == [str(first != "moba_kernels.spec"), "True", "True"]
