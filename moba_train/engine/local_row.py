@@ -13,6 +13,7 @@ from torch import Tensor
 from moba_kernels import AttentionSpec, Pack
 from moba_train.config.schema import RopeConfig
 from moba_train.data.row import Row
+from moba_train.errors import ConfigError
 from moba_train.model.row_context import RandomPicks, RowContext, row_context
 from moba_train.parallel.shard import Layout
 from moba_train.parallel.topology import Topology
@@ -42,7 +43,15 @@ class RowPlan:
     def local_row(
         self, row: Row, topology: Topology, *, keep_routing: bool, random_picks: RandomPicks | None = None
     ) -> LocalRow:
-        """Shard `row` for this rank."""
+        """Shard `row` for this rank. ConfigError when it has fewer tokens than there are context-parallel ranks."""
+        if row.tokens_S.size < topology.cp:  # a rank would hold nothing, which Megatron's layers cannot run
+            raise ConfigError(
+                "a row has fewer tokens than ranks share it",
+                where="parallel.cp",
+                got=f"{row.tokens_S.size} tokens, cp = {topology.cp}",
+                allowed="at least one token for each rank",
+                fix="lower parallel.cp, or use longer rows",
+            )
         context = row_context(
             Pack(row.cu_seqlens),
             self.specs,

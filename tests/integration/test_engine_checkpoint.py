@@ -42,8 +42,11 @@ def folder(tmp_path: Path, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
+@pytest.mark.parametrize(
+    ("precision", "distributed"),
+    [("fp32", True), ("bf16", True), ("fp32", False)],
+    ids=["distributed optimizer", "distributed optimizer in bf16", "plain optimizer"],
+)
 def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, distributed: bool) -> None:
     case, mesh = case_of(precision, distributed), {"cp": 2}
     straight = run_ranks(trained, 2, case, mesh, None, None, range(4))
@@ -59,20 +62,19 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, dist
 
 
 def test_state_moves_between_meshes_without_a_change(tmp_path: Path) -> None:
-    """CP=2 -> CP=1 -> CP=2 -> TP=2 -> CP=1, saving without training: the last reads what the first wrote."""
-    case, previous = case_of("fp32", True), None
-    route = ({"cp": 2}, {"cp": 1}, {"cp": 2}, {"tp": 2}, {"cp": 1})
-    for i, mesh in enumerate(route):
-        n = mesh.get("cp", 1) * mesh.get("tp", 1)
-        here = folder(tmp_path, f"mesh_{i}")
-        steps = range(2) if previous is None else range(0)
-        found = run_ranks(trained, n, case, mesh, previous, here, steps)
-        if mesh.get("tp", 1) == 1:
-            first = found if previous is None else first
+    """CP=2 -> CP=1 -> TP=2 -> CP=1 -> CP=2, saving without training: the last reads what the first wrote."""
+    case, previous = case_of("fp32", True), folder(tmp_path, "first")
+    first = run_ranks(trained, 2, case, {"cp": 2}, None, previous, range(2))
+    for n, mesh in ((1, {"cp": 1}), (2, {"tp": 2}), (1, {"cp": 1})):
+        here = folder(tmp_path, f"{mesh} after {previous.name}")
+        found = run_ranks(trained, n, case, mesh, previous, here, range(0))
+        if "cp" in mesh:
             for name, value in first[0]["weights"].items():
                 np.testing.assert_array_equal(found[0]["weights"][name], value, err_msg=f"{mesh} {name}")
         previous = here
     again = run_ranks(trained, 2, case, {"cp": 2}, previous, None, range(0))
+    for name, value in first[0]["weights"].items():
+        np.testing.assert_array_equal(again[0]["weights"][name], value, err_msg=name)
     for of_first, of_again in zip(first, again, strict=True):
         for a, b in zip(of_first["moments"], of_again["moments"], strict=True):
             np.testing.assert_array_equal(a, b)

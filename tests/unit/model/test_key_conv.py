@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def convolve(width: int, keys: torch.Tensor) -> tuple[torch.Tensor, KeyConv]:
 def test_keys_get_the_silu_of_a_causal_filter_of_their_own_document(width: int) -> None:
     keys = torch.randn(11, 2, 3, generator=torch.Generator().manual_seed(0))
     out, module = convolve(width, keys)
-    for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False):
+    for start, stop in pairwise(BOUNDS):
         for t in range(start, stop):
             for head in range(2):
                 for d in range(3):
