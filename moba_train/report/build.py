@@ -72,12 +72,14 @@ def _needle(run: RunData) -> list[str]:
         return []
     one = run.niah[0]
     title = f"stage {one.stage}, step {one.step}: chunk_size {one.chunk_size}, topk {one.topk}"
+    alt = "needle in a haystack: score by length and depth"
+    heatmap = page.picture(render_niah(cells, title=title, kind="svg"), alt)
     parts = [
         page.paragraph(
             "One sentence is hidden in held-out text and asked for at the end. Every answer token must be the arg-max "
             "(teacher-forced). Random routing is the control: MoBA with uniformly random picks."
         ),
-        page.picture(render_niah(cells, title=title, kind="svg"), "needle in a haystack: score by length and depth"),
+        f'<div class="scroll wide">{heatmap}</div>',
         page.table(NIAH_HEADER, niah_rows(run.niah)),
     ]
     offsets = by_chunk_offset(run.niah, "moba")
@@ -233,7 +235,8 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
         )
     name = run.run_dir.resolve().name
     first, last = run.steps[0]["step"], run.steps[-1]["step"]
-    subtitle = f"{len(run.stages)} stages, steps {first} to {last}; mean throughput "
+    count = len(run.stages)
+    subtitle = f"{count} stage{'s' if count > 1 else ''}, steps {first} to {last}; mean throughput "
     rate = mean_number(run.steps, "perf/tokens_per_s")
     subtitle += f"{plots.human(rate)} tokens/s" if rate is not None else "not known"
     links = [(anchor, titles[anchor]) for anchor, parts in sections.items() if any(parts)]

@@ -31,6 +31,7 @@ figure { margin: 8px 0 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: 13px; font-weight: 600; color: var(--ink); }
 .scroll { overflow-x: auto; }
+.wide img { min-width: 760px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; margin: 8px 0; width: 100%; }
 th { text-align: right; font-weight: 600; color: var(--soft); border-bottom: 1px solid #b9c2cc; padding: 4px 10px 4px 0;
   vertical-align: bottom; }

@@ -87,7 +87,7 @@ def _chart(
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     first, last = stages[0].first_step - 1, stages[-1].last_step
-    axes.set_xlim(first, last)
+    axes.set_xlim(first, last + 0.012 * (last - first))
     letter = 0.085 / width * (last - first)  # width of a letter in steps
     for stage in stages:
         start, end = stage.first_step - 1, stage.last_step
@@ -132,7 +132,7 @@ def plot_loss(run: RunData) -> bytes | None:
 
     def draw() -> Figure:
         figure, axes = _chart(run.stages, height=3.6, label="loss (nats per token)")
-        axes.plot(*thin(x, y), color=COLOURS["train"], linewidth=0.7, alpha=0.55, label="training")
+        _line(axes, x, y, colour=COLOURS["train"], label="training", width=0.6)
         if len(y) >= 20:
             smoothed = smooth(y, max(5, len(y) // 60))
             axes.plot(*thin(x, smoothed), color=INK, linewidth=1.4, label="training, moving mean")
