@@ -153,6 +153,7 @@ def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
             console.print(line, markup=False)
         console.print()
         console.print(stages)
+        console.print("density: attended / causal pairs, mean over layers, of a row that is one document", markup=False)
         console.print()
         for line in _memory_lines(plan.memory, config):
             console.print(line, markup=False)

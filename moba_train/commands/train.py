@@ -9,7 +9,7 @@ from moba_train.commands.parts import build_engine, identity_of, join_ranks, ope
 from moba_train.config.load import to_toml
 from moba_train.config.schema import RunConfig
 from moba_train.data.stage_data import StageData
-from moba_train.data.tokenizer import Tokenizer
+from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.engine.base import Engine
 from moba_train.parallel.topology import Topology, close_topology
 from moba_train.plan_view import build_plan
@@ -36,6 +36,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     Raises:
         UserError: anything that the user can mend, on every rank.
     """
+    load_tokenizer(config.data.tokenizer)  # the commonest mistake, data not prepared yet, shows before ranks are joined
     with StopSignals() as signals:  # from the first moment: a signal during set-up stops after the first step
         topology = join_ranks(config)
         run_dir = Path(config.run.dir)
