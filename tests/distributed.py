@@ -17,9 +17,11 @@ group that it finds); RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun sets t
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -103,7 +105,9 @@ def _rank_main(
     """Body of a rank: process group up, `fn`, result or traceback into the pipe, process group down."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=timeout_s)
+    # A rank that hangs shows where on its stderr, shortly before it is killed; its collectives wait longer than that.
+    faulthandler.dump_traceback_later(0.9 * timeout_s, file=sys.__stderr__)
+    timeout = timedelta(seconds=timeout_s + 60.0)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timeout)
