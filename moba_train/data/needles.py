@@ -46,7 +46,7 @@ class NeedleFormat:
     suffix: str = "\n"
     key_words: int = 2
     value_words: int = 2
-    num_words: int = 128
+    num_words: int = 256
     """Words in use: the first num_words of the asset."""
     pieces: tuple[str, ...] = ("magic",)
     """Further words that a trained tokenizer gets as one token each."""
@@ -128,13 +128,15 @@ class NeedleText:
         return [*self.question_ids(key), *self.phrase_ids(value), *self.suffix_ids]
 
     def draw(self, rng: np.random.Generator, n: int, split: Split) -> list[tuple[Phrase, Phrase]]:
-        """n random (key, value) of one split; no word stands twice among the keys, nor among the values."""
-        keys = self._draw_phrases(rng, n, self.form.key_words, split)
-        return list(zip(keys, self._draw_phrases(rng, n, self.form.value_words, split), strict=True))
-
-    def _draw_phrases(self, rng: np.random.Generator, n: int, num_words: int, split: Split) -> list[Phrase]:
-        phrases: list[Phrase] = []
+        """n random (key, value) of one split; no word stands twice in them, so that every question has one answer."""
         used: set[str] = set()
+        keys = self._draw_phrases(rng, n, self.form.key_words, split, used)
+        return list(zip(keys, self._draw_phrases(rng, n, self.form.value_words, split, used), strict=True))
+
+    def _draw_phrases(
+        self, rng: np.random.Generator, n: int, num_words: int, split: Split, used: set[str]
+    ) -> list[Phrase]:
+        phrases: list[Phrase] = []
         for _ in range(DRAWS_PER_PHRASE * n):
             if len(phrases) == n:
                 break
@@ -202,7 +204,7 @@ def questions_that_fit(text: NeedleText, length: int) -> int:
     form = text.form
     cost = 2 * len(text.needle_ids(text.words[: form.key_words], text.words[: form.value_words]))
     wanted = round(form.questions_at_128 * math.pow(length / 128, 0.75))
-    most = len(text.words) // (2 * max(form.key_words, form.value_words))
+    most = len(text.words) // (2 * (form.key_words + form.value_words))
     return max(1, min(wanted, int(0.8 * length) // cost, most))
 
 

@@ -22,7 +22,7 @@ def corpus(num_documents: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """560 ids, the needle words among them."""
+    """700 ids, the needle words among them."""
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     words = special_words()
-    return train_tokenizer(corpus(60), folder / "tokenizer.model", vocab_size=560, words=words)
+    return train_tokenizer(corpus(60), folder / "tokenizer.model", vocab_size=700, words=words)

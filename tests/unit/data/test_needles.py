@@ -134,6 +134,14 @@ def test_training_and_evaluation_share_no_key_and_no_value(tokenizer, text, hays
     assert {split_of(phrase) for phrase in evaluated} == {"eval"}
 
 
+@pytest.mark.parametrize("length", [128, 1024])
+def test_no_word_stands_in_two_needles_of_a_document(tokenizer, text, haystack, length):
+    made = build_needle_document(text, haystack, length=length, seed=1, index=0)
+    needles = sentences(tokenizer, text, made.tokens_L)[: len(made.answers_Q2)]
+    words = [word for needle in needles for phrase in needle for word in phrase]
+    assert len(words) == len(set(words)) == 4 * len(needles)
+
+
 def test_questions_come_in_another_order_than_needles(tokenizer, text, haystack):
     same_order = 0
     for index in range(20):

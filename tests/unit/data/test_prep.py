@@ -26,7 +26,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def options_of(source: Path, out: Path, **changes) -> PrepOptions:
-    base = PrepOptions(out=out, sources=(str(source),), vocab_size=560, held_out=0.1, needles={64: 20, 128: 10})
+    base = PrepOptions(out=out, sources=(str(source),), vocab_size=700, held_out=0.1, needles={64: 20, 128: 10})
     return dataclasses.replace(base, **changes)
 
 
@@ -134,7 +134,7 @@ def test_a_taken_tokenizer_is_kept_byte_for_byte(prepared, source, tmp_path):
 
 def test_a_tiny_corpus_holds_something_out(tmp_path):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus(40)))
-    report = prepare(PrepOptions(tmp_path / "out", (str(tmp_path / "few.jsonl"),), vocab_size=500, held_out=1e-9))
+    report = prepare(PrepOptions(tmp_path / "out", (str(tmp_path / "few.jsonl"),), vocab_size=640, held_out=1e-9))
     assert 1 <= report.documents["valid"] <= 20
 
 
@@ -171,20 +171,20 @@ def test_sources_without_text_are_refused(tmp_path):
 def test_vocabularies_that_do_not_fit_are_refused(prepared, source, tmp_path):
     tokenizer = load_tokenizer(prepared / "tokenizer.model")
     train = open_indexed(prepared / "train")
-    check_vocabulary(tokenizer, train, vocab_size=560)
+    check_vocabulary(tokenizer, train, vocab_size=700)
     with pytest.raises(ConfigError, match="smaller") as caught:
-        check_vocabulary(tokenizer, train, vocab_size=559)
+        check_vocabulary(tokenizer, train, vocab_size=699)
     assert caught.value.where == "model.vocab_size"
-    prepare(options_of(source, tmp_path / "other", vocab_size=500))
+    prepare(options_of(source, tmp_path / "other", vocab_size=650))
     other = load_tokenizer(tmp_path / "other" / "tokenizer.model")
     with pytest.raises(DataError, match="another tokenizer"):
-        check_vocabulary(other, train, vocab_size=560)
+        check_vocabulary(other, train, vocab_size=700)
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_found_without_prep_json(prepared, tmp_path):
     write_indexed(tmp_path / "foreign", [np.array([5, 900, 1])], vocab_size=1000)
     with pytest.raises(DataError, match="does not have") as caught:
         check_vocabulary(
-            load_tokenizer(prepared / "tokenizer.model"), open_indexed(tmp_path / "foreign"), vocab_size=560
+            load_tokenizer(prepared / "tokenizer.model"), open_indexed(tmp_path / "foreign"), vocab_size=700
         )
     assert "900" in str(caught.value.got)
