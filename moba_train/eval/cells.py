@@ -105,7 +105,7 @@ class Cell:
 
 
 def depth_grid(depths: int) -> tuple[float, ...]:
-    """`depths` percentages evenly spaced from 0 to 100, rounded to 0.01; one depth means the middle."""
+    """`depths` percentages evenly spaced from 0 to 100, rounded to 0.01; one means the middle, none is empty."""
     if depths == 1:
         return (50.0,)
     return tuple(round(100.0 * i / (depths - 1), 2) for i in range(depths))

@@ -217,12 +217,10 @@ def run_niah(
         ConfigError: the grid is empty or out of range.
         DataError: a sample cannot be built at that length, or niah.jsonl is damaged before its last line.
     """
-    grid = depth_grid(depths) if depths >= 1 else ()
+    grid = depth_grid(depths)
     check_grid(lengths, grid, samples)
-    origin = Origin(step=step, weights=weights, stage=stage, seed=seed)
-    source = Samples(text, haystack, seed)
+    origin, source = Origin(step, weights, stage, seed), Samples(text, haystack, seed)
     jsonl, png = out_dir / "niah.jsonl", out_dir / "niah.png"
-
     jobs, records = from_rank0(
         lambda: _remaining(source.jobs(lengths, grid, samples, attentions), jsonl, origin), engine.topology
     )
@@ -244,7 +242,7 @@ def run_niah(
     cells = summarise(records)
     if is_writer:
         draw_niah(cells, png, title=heatmap_title(origin))
-    return NiahResult(records=tuple(records), cells=cells, num_resumed=num_resumed, jsonl=jsonl, png=png)
+    return NiahResult(tuple(records), cells, num_resumed, jsonl, png)
 
 
 def heatmap_title(origin: Origin) -> str:
@@ -271,7 +269,7 @@ def niah_summary(
         "eval/niah_<attention>" (mean score over cells), "eval/niah_log_prob_<attention>" and, where layers route,
         "eval/niah_routed_<attention>" and "eval/niah_routed_expected_<attention>".
     """
-    grid = middle_depths(depths) if depths >= 1 else ()
+    grid = middle_depths(depths)
     check_grid(lengths, grid, samples)
     origin = Origin(step=0, weights="in training", stage=stage, seed=seed)
     source = Samples(text, haystack, seed)
