@@ -123,6 +123,15 @@ class CheckpointStore:
         self, aside: Path, final: Path, entries: dict[str, dict[str, Any]], progress: Progress, stage_end: bool
     ) -> None:
         """Rank 0's part: the small files, the manifest, the rename, the pointer, the pruning."""
+        unseen = [name for name in entries if not (aside / name).is_file()]
+        if unseen:
+            raise CheckpointError(
+                "not all ranks see the same run folder",
+                where=str(aside),
+                got=f"rank 0 cannot see {unseen[0]}, which another rank has written",
+                allowed="a folder on a file system that all ranks share",
+                fix="Point run.dir at shared storage.",
+            )
         rows = rows_fingerprint(self.stages[progress.stage_index])
         state = {**asdict(progress), "stage_end": stage_end, "stage_rows": rows, **asdict(self.identity)}
         (aside / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

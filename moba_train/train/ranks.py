@@ -24,11 +24,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def gather_all(value: T) -> list[T]:
     """The value of every rank, in rank order, on every rank."""
     if not dist.is_initialized():

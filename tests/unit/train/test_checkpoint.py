@@ -202,6 +202,19 @@ def test_a_branch_that_is_left_is_set_aside_and_not_deleted(tmp_path: Path, topo
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001\n"
 
 
+def test_ranks_that_write_to_different_disks_are_found_out(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {"__1_0.distcp": {"bytes": 1, "sha256": "00"}}
+    monkeypatch.setattr(
+        "moba_train.train.ranks.gather_all", lambda value: [value] + [elsewhere] * isinstance(value, dict)
+    )
+    with pytest.raises(CheckpointError, match="not all ranks see the same run folder") as caught:
+        saved(tmp_path, topology)
+    assert "__1_0.distcp" in str(caught.value.got)
+    assert list_checkpoints(tmp_path) == []
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
