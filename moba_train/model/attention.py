@@ -103,7 +103,7 @@ class ContextCoreAttention(MegatronModule):
                 got=f"{error.backend}: {'; '.join(error.reasons)}",
                 fix='set engine.attention_backend = "auto"',
             ) from error
-        if context.keep_routing and isinstance(spec, MoBA):
+        if context.keep_routing and isinstance(spec, MoBA) and result.routing is not None:
             context.routings[self.layer] = result.routing
         return result.out.flatten(1)
 
