@@ -100,8 +100,7 @@ def train(
 
         planned_stop = 0 < run.stop_after_steps <= done.step - start.step
         stopping = stop_signal or planned_stop or bad_steps.too_many
-        due = checkpoint.every_steps > 0 and done.step % checkpoint.every_steps == 0
-        if due or place.is_stage_end or stopping:
+        if stopping or place.is_stage_end or (checkpoint.every_steps and done.step % checkpoint.every_steps == 0):
             _save(store, engine, done, stage_end=place.is_stage_end, sinks=sinks, log=log)
             saved_step = done.step
         bad_steps.raise_if_too_many()
@@ -109,9 +108,10 @@ def train(
             reason = (signals.requested or "signal on another rank") if stop_signal else "stop_after_steps"
             break
     assert saved_step == done.step, f"step {done.step} ended the loop without a checkpoint"
-    finished = done.step == schedule.total_steps
-    log.line(f"{'finished' if finished else f'stopped ({reason})'} after step {done.step}/{schedule.total_steps}")
-    return TrainOutcome(finished, done, reason)
+    log.line(
+        f"{reason if reason == 'finished' else f'stopped ({reason})'} after step {done.step}/{schedule.total_steps}"
+    )
+    return TrainOutcome(reason == "finished", done, reason)
 
 
 def _step(
