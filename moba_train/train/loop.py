@@ -77,7 +77,7 @@ def train(
         TrainingDiverged: `run.max_bad_steps` steps in a row were not finite; the state was saved first.
         CheckpointError: a checkpoint could not be written.
     """
-    done, saved_step, bad_steps = start, start.step, BadSteps(run.max_bad_steps, start.bad_steps)
+    done, bad_steps = start, BadSteps(run.max_bad_steps, start.bad_steps)
     stage_index, data, reason = -1, None, "finished"
     for step in range(start.step, schedule.total_steps):
         place = schedule.place(step)
@@ -102,15 +102,12 @@ def train(
         stopping = stop_signal or planned_stop or bad_steps.too_many
         if stopping or place.is_stage_end or (checkpoint.every_steps and done.step % checkpoint.every_steps == 0):
             _save(store, engine, done, stage_end=place.is_stage_end, sinks=sinks, log=log)
-            saved_step = done.step
         bad_steps.raise_if_too_many()
         if stopping and done.step < schedule.total_steps:
             reason = (signals.requested or "signal on another rank") if stop_signal else "stop_after_steps"
             break
-    assert saved_step == done.step, f"step {done.step} ended the loop without a checkpoint"
-    log.line(
-        f"{reason if reason == 'finished' else f'stopped ({reason})'} after step {done.step}/{schedule.total_steps}"
-    )
+    how = "finished" if reason == "finished" else f"stopped ({reason})"
+    log.line(f"{how} after step {done.step}/{schedule.total_steps}")
     return TrainOutcome(reason == "finished", done, reason)
 
 
