@@ -22,6 +22,8 @@ INK, SOFT_INK, GRID = "#1B2430", "#5B6675", "#E3E8EE"
 COLOURS = {"train": "#8A94A3", "moba": "#0B9E77", "full": "#2F6FDE", "unigram": "#A0522D", "other": "#7A4FD0"}
 SHADES = {"moba": "#DDF6EE", "full": "#E2ECFC", "": "#EEF0F3"}
 _DISTANCES = LinearSegmentedColormap.from_list("distances", ("#BDEBDB", "#0B9E77", "#2F6FDE", "#1B2430"))
+WIDTHS = {"moba": 2.8, "full": 1.3}
+"""Where both coincide (a dense pattern), the thin line lies on the thick one and both are seen."""
 MAX_POINTS = 1200
 """Points of a drawn line; longer series are averaged in equal pieces."""
 _RC: dict[Any, Any] = {
@@ -133,13 +135,16 @@ def plot_loss(run: RunData) -> bytes | None:
     def draw() -> Figure:
         figure, axes = _chart(run.stages, height=3.6, label="loss (nats per token)")
         _line(axes, x, y, colour=COLOURS["train"], label="training", width=0.6)
-        if len(y) >= 20:
-            smoothed = smooth(y, max(5, len(y) // 60))
-            axes.plot(*thin(x, smoothed), color=INK, linewidth=1.4, label="training, moving mean")
+        for i, stage in enumerate(run.stages):  # the mean starts anew with every stage: its data may be other data
+            steps, losses = series(stage.steps, "train/loss")
+            smoothed = smooth(losses, max(5, len(y) // 60))
+            label = "training, moving mean" if i == 0 else ""
+            if len(losses) >= 20:
+                axes.plot(*thin(steps, smoothed), color=INK, linewidth=1.4, label=label)
         for attention, name in (("moba", "held-out, MoBA"), ("full", "held-out, full attention")):
             when, losses = series(run.steps, f"eval/loss_{attention}")
             if when:
-                _line(axes, when, losses, colour=COLOURS[attention], label=name)
+                _line(axes, when, losses, colour=COLOURS[attention], label=name, width=WIDTHS[attention])
         _few_sigma(axes, y)
         axes.legend(loc="upper right", ncols=2)
         return figure
@@ -228,7 +233,7 @@ def plot_pair(run: RunData, prefix: str, label: str, *, baseline: str = "", unit
     def draw() -> Figure:
         figure, axes = _chart(run.stages, height=2.7, label=label)
         for name, colour, (x, y) in known:
-            _line(axes, x, y, colour=colour, label="MoBA" if name == "moba" else "full attention")
+            _line(axes, x, y, colour=colour, label="MoBA" if name == "moba" else "full attention", width=WIDTHS[name])
         if level is not None:
             axes.axhline(
                 level, color=COLOURS["unigram"], linewidth=1.2, linestyle=(0, (4, 3)), label="unigram baseline"
@@ -290,7 +295,7 @@ def _position_lines(axes: Axes, when: str, step: Step) -> None:
                 *zip(*points, strict=True),
                 color=COLOURS[attention],
                 linestyle="-" if when == "last" else (0, (2, 2)),
-                linewidth=1.5 if when == "last" else 1.0,
+                linewidth=WIDTHS[attention] if when == "last" else 1.0,
                 marker="o",
                 markersize=2.6,
                 label=f"{title}, step {step['step']}",

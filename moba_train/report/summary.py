@@ -12,8 +12,8 @@ from moba_train.eval.cells import mean_score, summarise
 from moba_train.report.run_data import RunData, last_number, load_run
 from moba_train.report.stages import STAGE_HEADER, stage_rows
 
-_COLUMNS = ("stage", "attention", "steps", "train loss, end", "held-out MoBA", "held-out full")
-_SHORT = ("stage", "attention", "steps", "train loss", "held-out MoBA", "held-out full")
+_COLUMNS = ("stage", "attention", "train loss, end", "held-out MoBA", "held-out full")
+_SHORT = ("stage", "attention", "train loss", "held-out MoBA", "held-out full")
 
 
 def niah_line(run: RunData) -> str:

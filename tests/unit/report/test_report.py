@@ -192,7 +192,7 @@ def test_the_summary_holds_losses_needle_and_the_place_of_the_report(make_run: M
     (run / "report.html").touch()
     console.print(summary_table(run))
     after = console.export_text()
-    assert re.search(r"short +MoBA 16/3 +1 to 150", after)
+    assert re.search(r"short +MoBA 16/3 +2\.\d{3} +2\.\d{3}", after)
     assert re.search(r"needle in a haystack, mean: moba 0\.9\d+, full 0\.9\d+, random 0\.\d+", after)
     assert "report.html" in after and "unigram 3.050" in after
 
