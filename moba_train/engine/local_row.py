@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moba_kernels import AttentionSpec, Pack
 from moba_train.config.schema import RopeConfig
 from moba_train.data.row import Row
 from moba_train.errors import ConfigError
+from moba_train.model.plan import AttentionSpec
 from moba_train.model.row_context import RandomPicks, RowContext, row_context
 from moba_train.parallel.shard import Layout
 from moba_train.parallel.topology import Topology
@@ -53,7 +53,7 @@ class RowPlan:
                 fix="lower parallel.cp, or use longer rows",
             )
         context = row_context(
-            Pack(row.cu_seqlens),
+            row.cu_seqlens,
             self.specs,
             self.rope,
             head_dim=self.head_dim,
@@ -65,11 +65,8 @@ class RowPlan:
             random_picks=random_picks,
             keep_routing=keep_routing,
         )
-        positions = context.positions_S
-        assert positions is not None
-        held = positions.cpu()
         tokens, labels, mask = (
-            torch.from_numpy(array)[held][None].to(topology.device)
+            torch.from_numpy(array[context.held])[None].to(topology.device)
             for array in (row.tokens_S, row.labels_S, row.loss_mask_S)
         )
         return LocalRow(tokens, labels, mask, context)

@@ -100,13 +100,10 @@ def _states(optimizer: MegatronOptimizer) -> list[tuple[torch.Tensor, dict[str, 
 def _create_state(optimizer: MegatronOptimizer) -> None:
     """AdamW's state as it would be before the first step."""
     for part in _parts(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+        part.init_state_fn(part.optimizer, part.config)  # moments of zero
+        if isinstance(part.optimizer, torch.optim.AdamW):  # Apex and Transformer Engine count in the parameter group
+            for held in part.optimizer.state.values():
+                held["step"] = torch.zeros((), dtype=torch.float32)
 
 
 def _own_step_counts(optimizer: MegatronOptimizer) -> None:

@@ -52,16 +52,15 @@ def picks_at(context: RowContext, query_positions: Sequence[int], topology: Topo
 
     Collective over the model's ranks, which get the same arrays.
     """
-    queries = torch.as_tensor(list(query_positions), dtype=torch.int64)
-    positions_S = context.positions_S
-    assert positions_S is not None
-    held = torch.isin(queries, positions_S.cpu())
-    row_of_query = torch.searchsorted(positions_S, queries[held].to(positions_S.device))
+    queries = np.asarray(query_positions, dtype=np.int64)
+    mine = np.isin(queries, context.held)
+    rows = torch.from_numpy(np.searchsorted(context.held, queries[mine]))
+    slots = torch.from_numpy(np.flatnonzero(mine))
     picks: dict[int, NDArray[np.int32]] = {}
     for layer, routing in sorted(context.routings.items()):
         ids = routing.chunk_ids
         found = torch.zeros((len(queries), *ids.shape[1:]), dtype=torch.int32, device=ids.device)
-        found[held.to(ids.device)] = ids[row_of_query.to(ids.device)]
+        found[slots.to(ids.device)] = ids[rows.to(ids.device)]
         dist.all_reduce(found, group=topology.cp_group)
         if topology.tp > 1:
             parts = [torch.empty_like(found) for _ in range(topology.tp)]

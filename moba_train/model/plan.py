@@ -64,6 +64,7 @@ def count_parameters(model: ModelConfig) -> int:
 
 __all__ = [
     "AttentionMode",
+    "AttentionSpec",
     "attention_plan",
     "count_layer_parameters",
     "count_parameters",

@@ -6,10 +6,12 @@ Legend: S tokens of this rank's shard, T tokens of the row.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moba_kernels import AttentionSpec, MoBA, Pack, Routing, random_routing
@@ -51,7 +53,8 @@ class RowContext(PackedSeqParams):
         pack: documents of the whole row.
         plan: attention spec of every global layer.
         rope: rotations of this rank's tokens.
-        positions_S: int64 [S], their global token indices, ascending.
+        held: int64 [S] on the host, their global token indices, ascending.
+        positions_S: the same on the device.
         document_offset_S: int64 [S], tokens of the same document before each.
         layout, cp_group, transport, backend: how the row is sharded and attention is executed.
         random_picks: routes at random where it is given.
@@ -62,6 +65,7 @@ class RowContext(PackedSeqParams):
     pack: Pack = field(default_factory=lambda: Pack([0]))
     plan: tuple[AttentionSpec, ...] = ()
     rope: RopeTable | None = None
+    held: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     positions_S: Tensor | None = None
     document_offset_S: Tensor | None = None
     layout: Layout = "zigzag"
@@ -72,14 +76,14 @@ class RowContext(PackedSeqParams):
     routings: dict[int, Routing] = field(default_factory=dict)
 
 
-def document_offsets(positions: np.ndarray, cu_seqlens: tuple[int, ...]) -> np.ndarray:
+def document_offsets(positions: NDArray[np.int64], cu_seqlens: tuple[int, ...]) -> NDArray[np.int64]:
     """int64 [S]: how many tokens of its own document stand before each of the tokens at `positions` (any int64 [S])."""
     bounds = np.asarray(cu_seqlens, dtype=np.int64)
     return positions - bounds[np.searchsorted(bounds, positions, side="right") - 1]
 
 
 def row_context(
-    pack: Pack,
+    cu_seqlens: Sequence[int],
     plan: tuple[AttentionSpec, ...],
     rope: RopeConfig,
     *,
@@ -92,7 +96,8 @@ def row_context(
     random_picks: RandomPicks | None = None,
     keep_routing: bool = False,
 ) -> RowContext:
-    """Everything that the layers share about a row, computed once. `pack` spans the whole row, on every rank alike."""
+    """Everything that the layers share about a row, computed once. cu_seqlens: of the whole row, alike on all ranks."""
+    pack = Pack(cu_seqlens)
     num_ranks = 1 if cp_group is None else cp_group.size()
     rank = 0 if cp_group is None else cp_group.rank()
     positions = shard_positions(pack.num_tokens, num_ranks, rank, layout)
@@ -103,6 +108,7 @@ def row_context(
         pack=pack,
         plan=plan,
         rope=rope_table(rope, head_dim, offsets_S),
+        held=positions,
         positions_S=torch.from_numpy(positions).to(device),
         document_offset_S=offsets_S,
         layout=layout,

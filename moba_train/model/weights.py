@@ -4,7 +4,9 @@ Each tensor of the whole model is drawn from a generator of its own, seeded by i
 that its tensor-parallel rank holds. So neither the number of ranks nor the order of construction changes a weight.
 
 Distributions: embeddings and projections N(0, init_std^2); projections back into the residual stream
-N(0, init_std^2 / (2 * num_layers)) (GPT-2); norms 1; key convolution U(-1/sqrt(W), 1/sqrt(W)), as torch.nn.Conv1d.
+N(0, init_std^2 / (2 * num_layers)) (GPT-2); norms 1; key convolution N(0, 0.1^2) around a filter that passes the token
+before. A key that begins as "what stood before me" is half of an induction head: a two-layer model then starts to
+retrieve after about 150 steps instead of 250 (measured on the demo's 128-token needle stage).
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from moba_train.quiet import quiet_imports
 
 with quiet_imports():
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
+# Key convolution: spread of all taps, and what the tap of the token before has on top (SiLU(2 x) is close to 2 max(x, 0)).
+KEY_CONV_STD = 0.1
+KEY_CONV_PREVIOUS = 2.0
 
 
 @torch.no_grad()
@@ -53,8 +59,9 @@ def _whole_tensor(name: str, model: ModelConfig, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if name.endswith("key_conv.weight"):
-        bound = 1 / math.sqrt(model.key_conv)
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        filters = torch.empty(shape).normal_(0.0, KEY_CONV_STD, generator=generator)
+        filters[:, :, -2] += KEY_CONV_PREVIOUS
+        return filters
     into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
     std = model.init_std / math.sqrt(2 * model.num_layers) if into_residual else model.init_std
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moba_kernels import Full, MoBA, Pack, attend_partial, mean_keys, pool_sums, route_means
+from moba_kernels import Full, MoBA, attend_partial, mean_keys, pool_sums, route_means
 from moba_train.config.schema import RopeConfig
 from moba_train.model.rope import RopeTable, attention_factor, inverse_frequencies, rope_table
 from moba_train.model.row_context import document_offsets, row_context
@@ -107,11 +107,9 @@ def test_a_document_gives_the_same_output_at_offset_0_and_at_offset_2_to_the_20(
     q, k, v = (torch.randn(length, 2, 4, generator=generator) for _ in range(3))
 
     def output(start: int) -> torch.Tensor:
-        pack = Pack([0, start, start + length] if start else [0, length])
-        group = None
-        context = row_context(
-            pack, (spec,), RopeConfig(), head_dim=4, layout="zigzag", cp_group=group, device=torch.device("cpu")
-        )
+        bounds, cpu = ([0, start, start + length] if start else [0, length]), torch.device("cpu")
+        context = row_context(bounds, (spec,), RopeConfig(), head_dim=4, layout="zigzag", cp_group=None, device=cpu)
+        pack = context.pack
         assert context.rope is not None and context.positions_S is not None
         here = slice(start, start + length)
         table = RopeTable(context.rope.cos[here], context.rope.sin[here])
