@@ -25,7 +25,7 @@ from moba_train.quiet import quiet_imports
 with quiet_imports():
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-# Key convolution: spread of all taps, and what the tap of the token before has on top (SiLU(2 x) is close to 2 max(x, 0)).
+# Key convolution: spread of all taps, and what the tap of the token before has on top (SiLU(2 x) is near 2 max(x, 0)).
 KEY_CONV_STD = 0.1
 KEY_CONV_PREVIOUS = 2.0
 

@@ -203,6 +203,19 @@ def test_bf16_trains_close_to_fp32() -> None:
     np.testing.assert_allclose(losses["bf16"], losses["fp32"], atol=0.15)
 
 
+def test_the_reference_backend_gives_the_same_scores() -> None:
+    plain = replace(PLAIN_ENGINE, attention_backend="reference")
+    found = engine_of(replace(MIXED, engine=plain)).score(packed_row(0)).log_prob_S
+    np.testing.assert_allclose(found, engine_of(MIXED).score(packed_row(0)).log_prob_S, atol=1e-5)
+
+
+def test_a_backend_that_cannot_serve_the_run_is_named_with_its_reasons() -> None:
+    unbuilt = replace(PLAIN_ENGINE, attention_backend="triton")  # type: ignore[arg-type]
+    engine = engine_of(replace(MIXED, engine=unbuilt))
+    with pytest.raises(BackendError, match=r"triton.*\n.*attention_backend = \"auto\""):
+        engine.score(packed_row(0))
+
+
 def test_cuda_is_refused_where_there_is_none() -> None:
     if torch.cuda.is_available():
         assert choose_device("cuda").type == "cuda"
