@@ -56,6 +56,14 @@ class DocumentStream:
             ids[here] = permute(positions[here] % self.num_documents, n=self.num_documents, key=key)
         return ids
 
+    def tokens_of_epoch(self) -> int:
+        """Tokens that all documents together give to the stream."""
+        total = 0
+        for first in range(0, self.num_documents, DOCUMENTS_AT_ONCE):
+            stop = min(first + DOCUMENTS_AT_ONCE, self.num_documents)
+            total += int(self.sizes(np.arange(first, stop, dtype=np.int64)).sum())
+        return total
+
     def sizes(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens that each document gives to the stream: its size, or 0 where it is left out."""
         sizes = self.sizes_of(documents)

@@ -6,7 +6,9 @@
 
 The memory maps live in the run's cache folder. They are made once: the first rank that needs one writes it aside and
 renames it, so that several ranks may start at once (each may then do the same work; let rank 0 go first to save it).
-Each stage shuffles every source anew, and again at every epoch of it.
+Each stage shuffles every source anew, and again at every epoch of it: first the documents, and where documents go on
+in the next row ("split"), then the rows too. Otherwise the rows of one long document would follow one another, and a
+short stage might see little else.
 
 Legend: R rows of the stage, S tokens of a row.
 """
@@ -25,11 +27,12 @@ from moba_train.data.assemble import row_of_stream
 from moba_train.data.files import published
 from moba_train.data.indexed import IndexedDocuments, open_indexed
 from moba_train.data.mix import mix_rows, rows_per_source
+from moba_train.data.permutation import permute
 from moba_train.data.row import Row
 from moba_train.data.row_index import DocumentStream, build_row_starts
 from moba_train.errors import ConfigError, DataError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Part of the name of every cached index; raised when its meaning changes."""
 
 
@@ -88,7 +91,7 @@ class StageData:
 
     @property
     def cut_share(self) -> float:
-        """Share of the documents of this stage that a row boundary cuts (0..1)."""
+        """Share of the documents that a row boundary cuts (0..1), over the epochs that this stage draws from."""
         documents = sum(source.num_documents for source in self._sources)
         return sum(source.num_cut for source in self._sources) / max(1, documents)
 
@@ -102,6 +105,7 @@ class StageData:
             raise IndexError(f"row {i} of a stage of {self._num_rows}")
         which, r = (int(x) for x in self._mix[i])
         source = self._sources[which]
+        r = source.shuffled(r)
         return row_of_stream(
             source.documents,
             source.stream,
@@ -126,6 +130,10 @@ class _Source:
         self.stream = DocumentStream(
             name, self.documents.num_documents, self.documents.sizes, config.min_doc_tokens, order_key
         )
+        # Rows are shuffled over whole epochs, so all rows of an epoch have a place in the index.
+        self._rows_of_epoch = max(1, self.stream.tokens_of_epoch() // seq_len) if config.packing == "split" else 0
+        if self._rows_of_epoch:
+            num_rows = -(-num_rows // self._rows_of_epoch) * self._rows_of_epoch
         identity = [INDEX_VERSION, self.documents.fingerprint(), config.packing, config.min_doc_tokens]
         path = cache_dir / f"rows-{_digest([*identity, seq_len, num_rows, order_key])}.npy"
         meta_path = path.with_suffix(".json")
@@ -139,6 +147,15 @@ class _Source:
         self.starts = _map(path, (num_rows + 1, 2))
         meta = json.loads(meta_path.read_text())
         self.num_documents, self.num_cut = int(meta["documents"]), int(meta["cut"])
+
+    def shuffled(self, r: int) -> int:
+        """The row of the index that is drawn as the r-th: a permutation within each epoch of split documents."""
+        if not self._rows_of_epoch:
+            return r
+        epoch, inside = divmod(r, self._rows_of_epoch)
+        key = f"{self.stream.order_key}/rows of epoch {epoch}"
+        place = permute(np.array([inside], dtype=np.int64), n=self._rows_of_epoch, key=key)
+        return epoch * self._rows_of_epoch + int(place[0])
 
 
 def _check_mix(data: DataConfig, stage: StageConfig, stage_index: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moba_train.config.schema import DataConfig, SourceConfig, StageConfig
-from moba_train.data.indexed import write_indexed
+from moba_train.data.indexed import open_indexed, write_indexed
 from moba_train.data.sampler import rows_of_step
 from moba_train.data.stage_data import StageData
 from moba_train.errors import ConfigError, DataError
@@ -59,21 +59,30 @@ def check_row(row) -> None:
         assert np.array_equal(mask, real.astype(np.float32))
 
 
-def test_split_rows_hold_the_tokens_of_one_epoch_once_in_order(tmp_path):
+def test_split_rows_hold_the_tokens_of_one_epoch_once(tmp_path):
     path = write_text(tmp_path)
-    data = open_stage(tmp_path, {"text": SourceConfig(path)}, stage_of({"text": 1.0}))
-    pieces: dict[int, list[int]] = {}
+    num_tokens = open_indexed(path).num_tokens
+    rows = num_tokens // 16
+    data = open_stage(tmp_path, {"text": SourceConfig(path)}, stage_of({"text": 1.0}, rows=rows, rows_per_step=1))
+    seen: list[tuple[int, int]] = []
     for i in range(len(data)):
         row = data.row(i)
         check_row(row)
         assert row.sample_id == i and row.source == "text" and -1 not in row.document_ids
         for document, start, end in zip(row.document_ids, row.cu_seqlens, row.cu_seqlens[1:], strict=False):
-            pieces.setdefault(document, []).extend(row.tokens_S[start:end].tolist())
-    complete = [tokens for tokens in pieces.values() if tokens[-1] == EOD]
-    assert len(complete) >= len(pieces) - 1
-    for document, tokens in pieces.items():
-        expected = [1000 * (document + 1) + place for place in range(len(tokens))]
-        assert tokens[:-1] == expected[:-1] and tokens[-1] in (EOD, expected[-1])
+            seen += [(document, token) for token in row.tokens_S[start:end].tolist()]
+    assert len(seen) == len(set(seen)) == 16 * rows
+    assert num_tokens - len(seen) < 16  # what does not fill a row
+
+
+def test_the_rows_of_a_long_document_do_not_follow_one_another(tmp_path):
+    write_indexed(tmp_path / "long", [[*range(10, 10 + 8 * 50 - 1), EOD]], vocab_size=1 << 20)
+    source = SourceConfig(str(tmp_path / "long"))
+    data = open_stage(tmp_path, {"long": source}, stage_of({"long": 1.0}, seq_len=8, rows=50, rows_per_step=1))
+    firsts = [int(data.row(i).tokens_S[0]) for i in range(50)]
+    assert sorted(firsts) == list(range(10, 10 + 8 * 50, 8))
+    followers = sum(b - a == 8 for a, b in zip(firsts, firsts[1:], strict=False))
+    assert followers < 10
 
 
 def test_a_label_at_a_cut_is_the_documents_real_next_token(tmp_path):
