@@ -208,6 +208,13 @@ def questions_that_fit(text: NeedleText, length: int) -> int:
     return max(1, min(wanted, int(0.8 * length) // cost, most))
 
 
+def draw_num_needles(text: NeedleText, length: int, rng: np.random.Generator) -> int:
+    """As many as fit into short documents, which have to teach retrieval in few steps; in longer ones a quarter of that
+    or more, at random, because a sample of the evaluation has a single needle."""
+    most = questions_that_fit(text, length)
+    return most if length <= 128 else int(rng.integers(max(1, most // 4), most + 1))
+
+
 def build_needle_document(
     text: NeedleText,
     haystack: NDArray[np.int64],
@@ -222,13 +229,13 @@ def build_needle_document(
     Args:
         haystack: int64 [n], training text without end-of-document ids; repeated where it is too short.
         length: tokens of the document, its end-of-document included.
-        num_needles: "auto" = `questions_that_fit`.
+        num_needles: "auto" = what `draw_num_needles` draws.
 
     Raises:
         DataError: needles and questions do not fit into length.
     """
     rng = np.random.default_rng([seed, length, index])
-    n = questions_that_fit(text, length) if num_needles == "auto" else num_needles
+    n = draw_num_needles(text, length, rng) if num_needles == "auto" else num_needles
     pairs = text.draw(rng, n, "train")
     order = [pairs[int(i)] for i in rng.permutation(n)]
     asked: list[int] = []
