@@ -15,7 +15,7 @@ rm -rf "$run"
 say "1/5 prepare: the Python standard library as text, needles from a word list"
 "$bin/moba-train" prep stdlib --out data/demo --vocab-size 2048 --needles 128:8000,256:4000,512:2000,1024:2000
 say "2/5 train on $ranks ranks, and stop in the middle"
-torchrun train $config --run-dir "$run" --parallel.cp "$ranks" --run.stop-after-steps 300
+torchrun train $config --run-dir "$run" --parallel.cp "$ranks" --run.stop-after-steps 400
 say "3/5 resume from the checkpoint and train to the end"
 torchrun train $config --run-dir "$run" --parallel.cp "$ranks" --resume auto
 say "4/5 needle in a haystack: MoBA, full attention and random routing"
