@@ -14,8 +14,8 @@ from moba_train.data.needles import NeedleText, haystack_of, load_words
 from moba_train.engine.base import AttentionMode
 from moba_train.eval.niah import NiahResult, run_niah
 from moba_train.eval.table import print_niah_table
+from moba_train.parallel import ranks
 from moba_train.parallel.topology import close_topology
-from moba_train.train import ranks
 from moba_train.train.checkpoint import FOLDER, list_checkpoints, load_checkpoint
 from moba_train.train.manifest import MANIFEST, sha256_of
 from moba_train.train.resume import resolve_checkpoint

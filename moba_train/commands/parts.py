@@ -11,8 +11,8 @@ from moba_train.config.validate import check_rows_per_step
 from moba_train.data.indexed import open_indexed
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.data.vocabulary import check_vocabulary
+from moba_train.parallel import ranks
 from moba_train.quiet import quiet_imports
-from moba_train.train import ranks
 from moba_train.train.progress import Identity, model_fingerprint
 
 with quiet_imports():

@@ -11,9 +11,9 @@ from moba_train.config.schema import RunConfig
 from moba_train.data.stage_data import StageData
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.engine.base import Engine
+from moba_train.parallel import ranks
 from moba_train.parallel.topology import Topology, close_topology
 from moba_train.plan_view import build_plan
-from moba_train.train import ranks
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import ConsoleLogger, Log, SilentLog
 from moba_train.train.flops import peak_tflops

@@ -54,31 +54,21 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
     """Data-parallel degree of a job of `world_size` ranks.
 
     Raises:
-        ConfigError: world_size != tp * cp * pp * dp (dp = "auto": world_size is no multiple of tp * cp * pp).
+        ConfigError: a degree < 1, or world_size != tp * cp * pp * dp (dp = "auto": no multiple of tp * cp * pp).
     """
-    ranks_per_replica = parallel.tp * parallel.cp * parallel.pp
-    mesh = f"tp {parallel.tp} * cp {parallel.cp} * pp {parallel.pp} * dp {parallel.dp}"
-    if parallel.dp == "auto":
-        if world_size >= ranks_per_replica and world_size % ranks_per_replica == 0:
-            return world_size // ranks_per_replica
-        raise ConfigError(
-            "the number of ranks does not fit the mesh",
-            where="parallel",
-            got=f"{world_size} ranks for {mesh}",
-            allowed=f"a multiple of {ranks_per_replica} ranks",
-            fix=f"start {ranks_per_replica} ranks (torchrun --nproc-per-node {ranks_per_replica} -m moba_train ...) "
-            f"or change the degrees (--parallel.cp {world_size})",
-        )
-    wanted = ranks_per_replica * parallel.dp
+    raise_all(list(_degrees(parallel)))
+    replica = parallel.tp * parallel.cp * parallel.pp
+    dp = max(1, world_size // replica) if parallel.dp == "auto" else parallel.dp
+    wanted = replica * dp
     if world_size != wanted:
         raise ConfigError(
             "the number of ranks does not fit the mesh",
             where="parallel",
-            got=f"{world_size} ranks for {mesh} = {wanted}",
-            allowed=f"exactly {wanted} ranks",
-            fix=f'start {wanted} ranks (torchrun --nproc-per-node {wanted} -m moba_train ...), or set dp = "auto"',
+            got=f"{world_size} ranks for tp {parallel.tp} * cp {parallel.cp} * pp {parallel.pp} * dp {parallel.dp}",
+            allowed=f"a multiple of {replica} ranks" if parallel.dp == "auto" else f"exactly {wanted} ranks",
+            fix=f"start {wanted} ranks (torchrun --nproc-per-node {wanted} -m moba_train ...), or change the degrees",
         )
-    return parallel.dp
+    return dp
 
 
 def check_rows_per_step(stages: Sequence[StageConfig], dp: int) -> None:
@@ -164,16 +154,31 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
 
 def _parallel(config: RunConfig) -> Iterator[ConfigError]:
     model, parallel = config.model, config.parallel
-    for name in ("tp", "cp", "pp"):
-        yield from _at_least(getattr(parallel, name), 1, f"parallel.{name}")
+    yield from _degrees(parallel)
     if parallel.dp != "auto":
-        yield from _at_least(parallel.dp, 1, "parallel.dp")
         yield from _rows_per_step(config.stages, parallel.dp)
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
         fix = f"change {name} or lower parallel.tp"
         yield from _divides(getattr(model, name), parallel.tp, f"model.{name}", "parallel.tp", fix)
     fix = "change num_layers or parallel.pp"
     yield from _divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
+    if model.tied_head and parallel.pp > 1 and config.engine.distributed_optimizer:
+        # Megatron 0.16 gives a shared embedding a bucket of its own and loses the end of its optimizer state on save.
+        yield ConfigError(
+            "a tied head over several pipeline ranks cannot be saved with the distributed optimizer",
+            where="model.tied_head, parallel.pp, engine.distributed_optimizer",
+            got=f"tied_head = true, pp = {parallel.pp}, distributed_optimizer = true",
+            allowed="any two of the three",
+            fix="set engine.distributed_optimizer = false, or model.tied_head = false",
+        )
+
+
+def _degrees(parallel: ParallelConfig) -> Iterator[ConfigError]:
+    for name in ("tp", "cp", "pp", "dp"):
+        degree = getattr(parallel, name)
+        if degree != "auto":
+            fix = "use 1 for a dimension that is not parallel"
+            yield from _at_least(degree, 1, f"parallel.{name}", fix)
 
 
 def _rows_per_step(stages: Sequence[StageConfig], dp: int) -> Iterator[ConfigError]:

@@ -37,8 +37,8 @@ from moba_train.eval.cells import (
 )
 from moba_train.eval.heatmap import draw_niah
 from moba_train.eval.jobs import Job, Samples, check_grid, pack_samples, share_rows
-from moba_train.eval.ranks import from_rank0, map_over_ranks
 from moba_train.eval.records import RecordWriter, read_records
+from moba_train.parallel.ranks import from_rank_0, map_over_ranks
 
 if TYPE_CHECKING:
     from moba_train.data.tokenizer import Tokenizer
@@ -221,9 +221,7 @@ def run_niah(
     check_grid(lengths, grid, samples)
     origin, source = Origin(step, weights, stage, seed), Samples(text, haystack, seed)
     jsonl, png = out_dir / "niah.jsonl", out_dir / "niah.png"
-    jobs, records = from_rank0(
-        lambda: _remaining(source.jobs(lengths, grid, samples, attentions), jsonl, origin), engine.topology
-    )
+    jobs, records = from_rank_0(lambda: _remaining(source.jobs(lengths, grid, samples, attentions), jsonl, origin))
     is_writer = engine.topology.rank == 0
     num_resumed, total = len(records), len(jobs) + len(records)
     writer = RecordWriter(jsonl) if is_writer else None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moba_train.data.row import Row
 from moba_train.errors import ConfigError
-from moba_train.eval.ranks import map_over_ranks
+from moba_train.parallel.ranks import map_over_ranks
 
 if TYPE_CHECKING:
     from moba_train.engine.base import AttentionMode, Engine

@@ -29,7 +29,6 @@ from moba_train.model.weights import initialize_weights
 def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topology) -> TransformerConfig:
     """Megatron's configuration of the same model. Raises ConfigError where the mesh does not divide the model."""
     _check_mesh(model, topology)
-    _check_tied_head(model, engine, topology)
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     full_recompute = engine.recompute == "full"
     return TransformerConfig(
@@ -118,18 +117,6 @@ def _check_mesh(model: ModelConfig, topology: Topology) -> None:
                 allowed=f"a multiple of {degree}",
                 fix=f"lower parallel.{degree_name} or change {where}",
             )
-
-
-def _check_tied_head(model: ModelConfig, engine: EngineConfig, topology: Topology) -> None:
-    """Megatron 0.16 gives a shared embedding a bucket of its own and loses the end of its optimizer state on save."""
-    if model.tied_head and topology.pp > 1 and engine.distributed_optimizer:
-        raise ConfigError(
-            "a tied head over several pipeline ranks cannot be saved with the distributed optimizer",
-            where="model.tied_head, parallel.pp, engine.distributed_optimizer",
-            got=f"tied_head = true, pp = {topology.pp}, distributed_optimizer = true",
-            allowed="any two of the three",
-            fix="set engine.distributed_optimizer = false",
-        )
 
 
 __all__ = ["build_gpt", "layer_spec", "transformer_config"]

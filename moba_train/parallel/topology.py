@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moba_train.config.schema import ParallelConfig
+from moba_train.config.validate import check_world_size
 from moba_train.errors import BackendError, ConfigError
 from moba_train.quiet import quiet_imports
 
@@ -70,7 +71,7 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
     """
     env = _launcher_variables()
     world_size = dist.get_world_size() if dist.is_initialized() else int(env.get("WORLD_SIZE", "1"))
-    dp = data_parallel_degree(parallel, world_size)
+    dp = check_world_size(parallel, world_size)
     device = _own_device(device, int(env.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _join(env, device, timeout_s)
@@ -113,27 +114,6 @@ def close_topology(*, keep_process_group: bool = False) -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized() and not keep_process_group:
         dist.destroy_process_group()
-
-
-def data_parallel_degree(parallel: ParallelConfig, world_size: int) -> int:
-    """dp of a job of `world_size` ranks. ConfigError for a degree < 1 or when ranks != tp * cp * pp * dp."""
-    for name in ("tp", "cp", "pp", "dp"):
-        degree = getattr(parallel, name)
-        if degree != "auto" and degree < 1:
-            what, fix = f"{name} must be at least 1", "use 1 for a dimension that is not parallel"
-            raise ConfigError(what, where=f"parallel.{name}", got=degree, allowed=">= 1", fix=fix)
-    model_ranks = parallel.tp * parallel.cp * parallel.pp
-    dp = max(1, world_size // model_ranks) if parallel.dp == "auto" else parallel.dp
-    if world_size != model_ranks * dp:
-        multiple = f"a multiple of tp * cp * pp = {model_ranks}"
-        raise ConfigError(
-            "the number of ranks does not fit the parallel degrees",
-            where="[parallel]",
-            got=f"{world_size} ranks; tp={parallel.tp}, cp={parallel.cp}, pp={parallel.pp}, dp={parallel.dp}",
-            allowed=multiple if parallel.dp == "auto" else f"{model_ranks * dp} ranks",
-            fix=f"launch with `torchrun --nproc-per-node {model_ranks * dp}`, or change tp, cp, pp or dp",
-        )
-    return dp
 
 
 def _launcher_variables() -> dict[str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 from moba_train.config.schema import StageConfig
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
-from moba_train.train import ranks
+from moba_train.parallel import ranks
 from moba_train.train.manifest import find_damage, fsync_path, replace_text, seal_files, write_manifest
 from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
 

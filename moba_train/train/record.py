@@ -11,7 +11,7 @@ import torch
 from moba_train.config.schema import ModelConfig, StageConfig
 from moba_train.data.row import Row
 from moba_train.engine.base import StepResult
-from moba_train.train import ranks
+from moba_train.parallel import ranks
 from moba_train.train.flops import PairCounts, row_pairs, step_flops
 from moba_train.train.metrics import peak_memory_gib
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
-from moba_train.train import ranks
+from moba_train.parallel import ranks
 from moba_train.train.checkpoint import (
     FOLDER,
     LATEST,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moba_train.config.schema import ParallelConfig
 from moba_train.errors import BackendError, ConfigError
-from moba_train.parallel.topology import RANK_VARIABLES, close_topology, data_parallel_degree, init_topology
+from moba_train.parallel.topology import RANK_VARIABLES, close_topology, init_topology
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_tensor_ranks_are_neighbours_then_context_then_data() -> None:
         (1, 1, [1, 3], [0, 1, 2, 3]),
     ]
     for result in results:
-        assert "4 ranks; tp=1, cp=3, pp=1, dp=auto" in result["cp3"]
+        assert "4 ranks for tp 1 * cp 3 * pp 1 * dp auto" in result["cp3"]
         assert "torchrun --nproc-per-node 3" in result["cp3"]
 
 
@@ -74,26 +74,9 @@ def test_a_process_without_a_launcher_is_a_job_of_one_rank(bare_environment: pyt
 def test_degrees_that_do_not_multiply_to_the_ranks_are_refused_before_any_group_is_made(
     bare_environment: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match=r"does not fit the parallel degrees\n(.|\n)*1 ranks; tp=1, cp=2"):
+    with pytest.raises(ConfigError, match=r"does not fit the mesh\n(.|\n)*1 ranks for tp 1 \* cp 2"):
         init_topology(ParallelConfig(cp=2), device=CPU, timeout_s=30)
     assert not dist.is_initialized()
-
-
-@pytest.mark.parametrize("name", ["tp", "cp", "pp", "dp"])
-def test_a_degree_below_one_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} must be at least 1\n  where:   parallel.{name}\n  got:     0"):
-        data_parallel_degree(ParallelConfig(**{name: 0}), 1)
-
-
-def test_auto_data_parallelism_takes_what_is_left() -> None:
-    assert data_parallel_degree(ParallelConfig(tp=2, cp=2, pp=1), 16) == 4
-    assert data_parallel_degree(ParallelConfig(), 1) == 1
-
-
-@pytest.mark.parametrize(("parallel", "ranks"), [(ParallelConfig(tp=2, dp=2), 2), (ParallelConfig(cp=4), 6)])
-def test_every_rank_must_have_a_place(parallel: ParallelConfig, ranks: int) -> None:
-    with pytest.raises(ConfigError, match=f"got:     {ranks} ranks"):
-        data_parallel_degree(parallel, ranks)
 
 
 def test_half_a_launcher_environment_is_refused(bare_environment: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from moba_train.eval.position_loss import (
     position_metrics,
     trailing_start,
 )
-from moba_train.eval.ranks import from_rank0, map_over_ranks
+from moba_train.parallel.ranks import from_rank_0, map_over_ranks
 from tests.distributed import run_ranks
 
 from .toy import FormulaEngine
@@ -130,7 +130,7 @@ def _raise_on_rank(rank: int, n: int) -> str:
         raise DataError("the file is damaged", where="niah.jsonl, line 3")
 
     try:
-        from_rank0(decide, _topology(rank, n, 1))
+        from_rank_0(decide)
     except UserError as error:
         return error.message()
     return "no error"

@@ -207,7 +207,7 @@ def test_ranks_that_write_to_different_disks_are_found_out(
 ) -> None:
     elsewhere = {"__1_0.distcp": {"bytes": 1, "sha256": "00"}}
     monkeypatch.setattr(
-        "moba_train.train.ranks.gather_all", lambda value: [value] + [elsewhere] * isinstance(value, dict)
+        "moba_train.parallel.ranks.gather_all", lambda value: [value] + [elsewhere] * isinstance(value, dict)
     )
     with pytest.raises(CheckpointError, match="not all ranks see the same run folder") as caught:
         saved(tmp_path, topology)

@@ -1,4 +1,4 @@
-"""Small agreements between all ranks: who saw an error, what rank 0 decided, how a counter sums up.
+"""Small agreements between all ranks: who saw an error, what rank 0 decided, who does which share of the work.
 
 Every function is collective over the default process group; without one it is the identity of a single rank.
 """
@@ -6,14 +6,18 @@ Every function is collective over the default process group; without one it is t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moba_train.errors import UserError
 
+if TYPE_CHECKING:
+    from moba_train.parallel.topology import Topology  # brings Megatron, which takes a second to import
+
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def rank() -> int:
@@ -63,13 +67,6 @@ def on_all_ranks(compute: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
-def _portable(error: Exception) -> Exception:
-    """The error itself if it certainly survives pickling, else its text."""
-    if dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(error, (UserError, OSError)):
-        return RuntimeError(f"{type(error).__name__} on rank {dist.get_rank()}: {error}")
-    return error
-
-
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
     """Sum each value over all ranks, in fp64 (integers up to 2**53 stay exact)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -77,3 +74,20 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def map_over_ranks(work: Callable[[T], R], items: Sequence[T], topology: Topology) -> list[R]:
+    """`[work(item) for item in items]`, each data-parallel rank taking every dp-th item; the same list on every rank.
+
+    `work` may be collective over the context- and tensor-parallel group, whose ranks take the same items.
+    """
+    mine = [(i, work(items[i])) for i in range(topology.dp_rank, len(items), topology.dp)]
+    results = {i: result for part in reversed(gather_all(mine)) for i, result in part}  # the lowest rank's counts
+    return [results[i] for i in range(len(items))]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it certainly survives pickling, else its text."""
+    if dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(error, (UserError, OSError)):
+        return RuntimeError(f"{type(error).__name__} on rank {dist.get_rank()}: {error}")
+    return error
