@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Final, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moba_train.train.metrics import Record
+
+# What the evaluation line shows: title, key without "eval/" and attention, format.
+_EVALUATIONS: Final = (
+    ("held-out", "loss", ".3f"),
+    ("trailing", "trailing_loss", ".3f"),
+    ("bits/byte", "bits_per_byte", ".3f"),
+    ("needle", "niah", ".2f"),
+)
+_ATTENTIONS: Final = (("moba", "MoBA"), ("full", "full"))
 
 
 class Log(Protocol):
@@ -105,8 +114,21 @@ def format_step(record: Record, *, total_steps: int, mean_step_s: float, remaini
     ]
     if "train/bad" in record:
         parts.append("NOT FINITE, step skipped")
-    scores = [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in record.items() if _is_score(key, value)]
-    return " | ".join(parts) + (f"\n  eval: {', '.join(scores)}" if scores else "")
+    scores = format_evaluation(record)
+    return " | ".join(parts) + (f"\n  {scores}" if scores else "")
+
+
+def format_evaluation(record: Record) -> str:
+    """The line below an evaluated step, "" for any other: what a person compares; metrics.jsonl has all numbers."""
+    parts = []
+    for title, key, spec in _EVALUATIONS:
+        values = [(name, record.get(f"eval/{key}_{attention}")) for attention, name in _ATTENTIONS]
+        known = ", ".join(f"{_number(value, spec)} {name}" for name, value in values if value is not None)
+        if known:
+            parts.append(f"{title} {known}")
+        if known and key == "bits_per_byte" and "eval/bits_per_byte_unigram" in record:
+            parts[-1] += f" (unigram {_number(record['eval/bits_per_byte_unigram'], spec)})"
+    return " | ".join(["eval", *parts]) if parts else ""
 
 
 def format_duration(seconds: float) -> str:
@@ -119,10 +141,6 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def _is_score(key: str, value: Any) -> bool:
-    return key.startswith("eval/") and isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _number(value: float, spec: str) -> str:

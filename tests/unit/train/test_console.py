@@ -29,7 +29,24 @@ def test_bad_and_evaluated_steps_are_never_left_out() -> None:
     records[1]["train/bad"] = True
     records[2]["eval/loss_moba"] = 2.0
     lines = log_of(records)
-    assert "NOT FINITE" in lines[1] and lines[2].startswith("step  3/10") and lines[3] == "  eval: loss_moba 2.0000"
+    assert "NOT FINITE" in lines[1] and lines[2].startswith("step  3/10") and lines[3] == "  eval | held-out 2.000 MoBA"
+
+
+def test_the_evaluation_line_is_short_and_compares_the_attentions() -> None:
+    record = a_record(1) | {
+        **{"eval/loss_moba": 4.39912, "eval/loss_full": 4.39644, "eval/position_loss_moba": [4.0, None]},
+        **{"eval/trailing_loss_moba": 4.54, "eval/trailing_loss_full": 4.515},
+        **{"eval/bits_per_byte_moba": 2.498, "eval/bits_per_byte_full": 2.4971, "eval/bits_per_byte_unigram": 3.3219},
+        **{"eval/niah_moba": 2 / 3, "eval/niah_full": 0.96, "eval/niah_log_prob_moba": -0.7},
+    }
+    assert log_of([record])[1] == (
+        "  eval | held-out 4.399 MoBA, 4.396 full | trailing 4.540 MoBA, 4.515 full"
+        " | bits/byte 2.498 MoBA, 2.497 full (unigram 3.322) | needle 0.67 MoBA, 0.96 full"
+    )
+
+
+def test_a_held_out_loss_that_is_not_a_number_is_seen() -> None:
+    assert "held-out NAN full" in log_of([a_record(1) | {"eval/loss_full": float("nan")}])[1]
 
 
 def test_throughput_is_the_mean_since_the_last_line() -> None:
