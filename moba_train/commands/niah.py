@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +40,10 @@ def run_niah_command(
         UserError: anything that the user can mend, on every rank.
     """
     config = load_config(trained_config(path), overrides)
+    trained_on = config.parallel
+    if "WORLD_SIZE" not in os.environ and not any(word.startswith("--parallel.") for word in overrides):
+        # A bare process is one rank; scores do not depend on the mesh. Under torchrun the mesh has to fit.
+        config = replace(config, parallel=replace(trained_on, tp=1, cp=1, pp=1, dp="auto"))
     topology = join_ranks(config)
     begin = resolve_checkpoint(path)
     assert begin.path is not None
@@ -51,6 +57,9 @@ def run_niah_command(
     if topology.rank == 0:
         for note in begin.notes:
             console.print(note.replace("resuming from", "evaluating"), markup=False)
+        if config.parallel != trained_on:
+            mesh = f"tp {trained_on.tp}, cp {trained_on.cp}, pp {trained_on.pp}"
+            console.print(f"one process, one rank (trained with {mesh}); torchrun spreads it over more", markup=False)
     result = run_niah(
         engine,
         NeedleText(tokenizer, load_words()),

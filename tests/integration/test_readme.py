@@ -56,7 +56,7 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
 
 def test_the_commands_of_the_readme_run_as_written(workspace: tuple[Path, dict[str, str]]) -> None:
     commands = [words for words in shell_lines() if words[0] != "make"]
-    assert [words[:2] for words in commands][0] == ["moba-train", "prep"]
+    assert commands[0][:2] == ["moba-train", "prep"]
     for words in commands:
         printed = run(words, workspace)
         if words[1] == "report":

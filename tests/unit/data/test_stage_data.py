@@ -1,6 +1,7 @@
 """Rows of a stage: what they hold, and that every row is a pure function of (seed, stage, i)."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_the_rows_of_a_long_document_do_not_follow_one_another(tmp_path):
     data = open_stage(tmp_path, {"long": source}, stage_of({"long": 1.0}, seq_len=8, rows=50, rows_per_step=1))
     firsts = [int(data.row(i).tokens_S[0]) for i in range(50)]
     assert sorted(firsts) == list(range(10, 10 + 8 * 50, 8))
-    followers = sum(b - a == 8 for a, b in zip(firsts, firsts[1:], strict=False))
+    followers = sum(b - a == 8 for a, b in pairwise(firsts))
     assert followers < 10
 
 
