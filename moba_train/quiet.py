@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Said while megatron-core runs, matched from the beginning of the message.
+# Loggers that speak while megatron-core is imported; the second finds a CUDA toolkit on a machine without a GPU.
+_AT_IMPORT = ("megatron", "torch.utils.cpp_extension")
+
+# Warned while megatron-core runs, matched from the beginning of the message.
 _KNOWN_ADVICE = (
     "full scope is deprecated",  # about CUDA graphs, which are not used
     "The .grad attribute of a Tensor that is not a leaf Tensor",  # the distributed optimizer's shards are views
@@ -19,25 +22,39 @@ _KNOWN_ADVICE = (
     "Please use DTensor instead",  # Megatron's checkpoint format is made of ShardedTensor
 )
 
+# Logged while megatron-core 0.19 runs: logger -> beginning of the message.
+_KNOWN_LOGS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # in favour of HybridModel, which 0.16 lacks
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # in favour of a pickle
+}
+
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Drops what is warned or logged below ERROR while megatron-core is imported, and nothing else."""
-    logger = logging.getLogger("megatron")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _AT_IMPORT]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def ignore_known_advice() -> None:
-    """From now on the warnings that megatron-core is known to cause at run time are not shown; all others are."""
+    """From now on what megatron-core is known to warn of and log at run time is not shown; all else is. Idempotent."""
     for message in _KNOWN_ADVICE:
         warnings.filterwarnings("ignore", message=message)
+    for name in _KNOWN_LOGS:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN_LOGS[record.name])
 
 
 __all__ = ["ignore_known_advice", "quiet_imports"]

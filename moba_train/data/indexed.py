@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from moba_train.data.files import published
 from moba_train.errors import DataError
+from moba_train.quiet import quiet_imports
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
@@ -289,9 +289,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
-        with warnings.catch_warnings():
-            # megatron.core warns at import that its optional GPU libraries are missing; no concern of a data tool.
-            warnings.simplefilter("ignore")
+        with quiet_imports():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
         self.prefix = str(prefix)
         self.num_documents = self.num_tokens = 0

@@ -18,12 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moba_train.config.schema import ModelConfig
+from moba_train.model.compat import mark_tensor_parallel
 from moba_train.model.plan import layers_of_pipeline_rank
 from moba_train.parallel.topology import Topology
-from moba_train.quiet import quiet_imports
-
-with quiet_imports():
-    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 # Key convolution: spread of all taps, and what the tap of the token before has on top (SiLU(2 x) is near 2 max(x, 0)).
 KEY_CONV_STD = 0.1
@@ -38,7 +35,7 @@ def initialize_weights(gpt: nn.Module, model: ModelConfig, topology: Topology, *
         whole = _whole_tensor(_global_name(name, first_layer, model.tied_head), model, seed)
         parameter.copy_(_tensor_parallel_part(name, whole, topology.tp, topology.tp_rank))
         if whole.dim() > 1:  # read by the gradient norm, which counts replicated parameters once
-            set_tensor_model_parallel_attributes(parameter, True, _sharded_dim(name), 1)
+            mark_tensor_parallel(parameter, _sharded_dim(name))
 
 
 def _global_name(name: str, first_layer: int, tied_head: bool) -> str:

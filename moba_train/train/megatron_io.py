@@ -2,7 +2,9 @@
 
 Megatron's own `torch_dist` writer forks worker processes and spawns a queue server that imports the main script again.
 That costs seconds, needs a main guard, and forks a process that holds gloo or CUDA threads. A save here is synchronous
-anyway, so every rank writes its one file itself, through PyTorch's `FileSystemWriter`. The format stays `torch_dist`.
+anyway, so every rank writes its one file itself, through PyTorch's `FileSystemWriter`. The format stays `torch_dist` as
+0.16 writes it: what is no tensor goes to `common.pt`, which 0.19 reads too. (0.19 itself would write that part as a
+pickled object among the shards, and read it with `weights_only=False`.)
 
 Tensors are read with `weights_only=True` and `common.pt` likewise. Two doors remain through which a file could run
 code: the pickled `.metadata`, and pickled objects among the shards. The first is opened with an allow-list before
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
@@ -27,8 +30,8 @@ from moba_train.model import megatron_cpu
 
 with megatron_cpu.quiet_imports():
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies.torch import (
         MCoreSavePlanner,
         _replace_state_dict_keys_with_sharded_keys,
@@ -36,6 +39,7 @@ with megatron_cpu.quiet_imports():
     )
 
 METADATA = ".metadata"
+COMMON = "common.pt"
 CHECKPOINT_NAMES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -65,28 +69,24 @@ class _AllowListUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class InProcessWriter(SaveShardedStrategy):  # type: ignore[misc]  # megatron.core is untyped
-    """Megatron's torch_dist format, one file per rank, written synchronously by the rank itself."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write this rank's shards; collective. Main replicas only, so no tensor is written twice."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write Megatron's sharded state into an existing, empty folder; collective over all ranks."""
-    dist_checkpointing.save(state, str(folder), sharded_strategy=InProcessWriter())
+    """Write Megatron's sharded state into an existing, empty folder; collective over all ranks.
+
+    Every rank writes the shards of which it holds the main replica, so no tensor is written twice.
+    """
+    sharded, common = save_preprocess(state)
+    is_first_rank = dist.get_rank() == 0
+    if is_first_rank:
+        torch.save(common, folder / COMMON)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+    save(
+        mcore_to_pyt_state_dict(by_key, False),
+        storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    if is_first_rank:
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    dist.barrier()
 
 
 def read_metadata(folder: Path) -> Metadata:
