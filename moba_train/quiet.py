@@ -19,11 +19,13 @@ _KNOWN_ADVICE = (
     "full scope is deprecated",  # about CUDA graphs, which are not used
     "The .grad attribute of a Tensor that is not a leaf Tensor",  # the distributed optimizer's shards are views
     "`torch.distributed.[a-z_]+` is deprecated",
+    "MimoModelConfig is experimental",  # not used; the optimizer's set-up imports it
     "Please use DTensor instead",  # Megatron's checkpoint format is made of ShardedTensor
 )
 
 # Logged while megatron-core 0.19 runs: logger -> beginning of the message.
 _KNOWN_LOGS = {
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # in favour of HybridModel, which 0.16 lacks
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # in favour of a pickle
 }

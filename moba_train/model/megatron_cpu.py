@@ -117,6 +117,7 @@ _CUDA_ON_CPU = _View(
     torch.cuda,
     {
         "current_device": lambda: torch.device("cpu"),
+        "current_stream": _nothing,  # 0.19's gradient reduction asks for it; it waits with it for CUDA graphs alone
         "synchronize": _nothing,
         "empty_cache": _nothing,
         "manual_seed": _nothing,

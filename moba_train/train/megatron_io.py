@@ -129,8 +129,10 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     read_metadata(folder)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # about how Megatron calls PyTorch, each rank for itself
             warnings.filterwarnings("ignore", message=".*load_state_dict.*deprecated.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException, OSError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(
