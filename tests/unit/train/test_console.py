@@ -34,10 +34,17 @@ def test_bad_and_evaluated_steps_are_never_left_out() -> None:
 
 def test_the_evaluation_line_is_short_and_compares_the_attentions() -> None:
     record = a_record(1) | {
-        **{"eval/loss_moba": 4.39912, "eval/loss_full": 4.39644, "eval/position_loss_moba": [4.0, None]},
-        **{"eval/trailing_loss_moba": 4.54, "eval/trailing_loss_full": 4.515},
-        **{"eval/bits_per_byte_moba": 2.498, "eval/bits_per_byte_full": 2.4971, "eval/bits_per_byte_unigram": 3.3219},
-        **{"eval/niah_moba": 2 / 3, "eval/niah_full": 0.96, "eval/niah_log_prob_moba": -0.7},
+        "eval/loss_moba": 4.39912,
+        "eval/loss_full": 4.39644,
+        "eval/position_loss_moba": [4.0, None],
+        "eval/trailing_loss_moba": 4.54,
+        "eval/trailing_loss_full": 4.515,
+        "eval/bits_per_byte_moba": 2.498,
+        "eval/bits_per_byte_full": 2.4971,
+        "eval/bits_per_byte_unigram": 3.3219,
+        "eval/niah_moba": 2 / 3,
+        "eval/niah_full": 0.96,
+        "eval/niah_log_prob_moba": -0.7,
     }
     assert log_of([record])[1] == (
         "  eval | held-out 4.399 MoBA, 4.396 full | trailing 4.540 MoBA, 4.515 full"
