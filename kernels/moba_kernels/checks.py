@@ -35,6 +35,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
             raise bad_argument(f"{name} must have q's dtype {q.dtype}", x.dtype, "cast q, k and v alike")
         if x.device != q.device:
             raise bad_argument(f"{name} must lie on q's device {q.device}", x.device, "move q, k and v to one device")
+        if x.shape[2] < 1:
+            raise bad_argument(
+                f"{name}'s last dim must be at least 1", tuple(x.shape), "pass [tokens, heads, dim >= 1]"
+            )
     if k.shape[2] != q.shape[2]:
         raise bad_argument(
             "k must have q's head dim", f"k {tuple(k.shape)}, q {tuple(q.shape)}", "make k.shape[2] == q.shape[2]"
@@ -67,8 +71,16 @@ def check_positions(name: str, positions: Tensor | None, num_rows: int, pack: Pa
             raise bad_argument(f"{name}_positions must ascend within 0..{pack.num_tokens - 1}", positions, fix)
 
 
-def check_routing(routing: Routing, spec: AttentionSpec, pack: Pack, q: Tensor, num_kv_heads: int) -> None:
-    """A routing that was handed in must have been made under this spec and pack, for these queries."""
+def check_routing(
+    routing: Routing, spec: AttentionSpec, pack: Pack, q: Tensor, num_kv_heads: int, q_positions: Tensor | None
+) -> None:
+    """A routing that was handed in must have been made under this spec and pack, for these queries.
+
+    Positions are compared where both lie on the host; elsewhere that would wait for the device.
+    """
+    if not isinstance(routing, Routing):
+        fix = "wrap chunk ids in Routing.from_chunk_ids"
+        raise bad_argument("routing must be a Routing", type(routing).__name__, fix)
     if not isinstance(spec, MoBA):
         raise bad_argument("routing goes with MoBA only", repr(spec), "leave routing=None under Full()")
     if routing.spec != spec:
@@ -83,3 +95,10 @@ def check_routing(routing: Routing, spec: AttentionSpec, pack: Pack, q: Tensor, 
         )
     if routing.stored.device != q.device:
         raise bad_argument(f"routing must lie on q's device {q.device}", routing.stored.device, "route on that device")
+    made_for = routing.q_positions
+    if made_for is None or q_positions is None or made_for is q_positions:
+        return  # as many rows as the pack has tokens: these are the same queries
+    if made_for.device.type == q_positions.device.type == "cpu" and not torch.equal(made_for, q_positions):
+        raise bad_argument(
+            "routing was made for other queries", "other q_positions", "use Routing.select for a part of it"
+        )

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attend.call import AttendCall
 from .checks import check_heads, check_positions, check_qkv, check_routing, check_spec
+from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
 from .errors import bad_argument
 from .pack import Pack, pack_of
@@ -182,7 +182,7 @@ def _prepare(
     check_positions("q", q_positions, q.shape[0], pack)
     check_positions("k", k_positions, k.shape[0], pack)
     if routing is not None:
-        check_routing(routing, spec, pack, q, k.shape[1])
+        check_routing(routing, spec, pack, q, k.shape[1], q_positions)
     elif isinstance(spec, MoBA):
         raise bad_argument("attend_partial under MoBA needs a routing", None, "pass routing=route_means(...)")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
@@ -202,8 +202,8 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> Any:
+        refuse_second_derivative("attend")
         q, k, v, out, lse = ctx.saved_tensors
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dq, dk, dv = ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call)

@@ -5,6 +5,8 @@ Shape letters: T queries at hand, R routing heads (H for select="head", K for "g
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,9 @@ class Routing:
     def __init__(self, picks_TRP: Tensor, spec: MoBA, pack: Pack, q_positions: Tensor | None = None) -> None:
         if picks_TRP.dim() != 3:
             raise bad_argument("picks must be [T,R,P]", tuple(picks_TRP.shape), "see Routing.from_chunk_ids")
+        if picks_TRP.shape[2] > spec.num_picks:
+            fix = "leave out the own chunk, or raise topk"
+            raise bad_argument(f"a query has at most {spec.num_picks} picks under {spec}", picks_TRP.shape[2], fix)
         expected = pack.num_tokens if q_positions is None else q_positions.numel()
         if picks_TRP.shape[0] != expected:
             fix = "pass q_positions with one entry a row"
@@ -46,6 +51,14 @@ class Routing:
             self._stored = picks_TRP.to(torch.int16).view(torch.uint16)
         else:
             self._stored = picks_TRP.to(torch.int32)
+
+    def __getstate__(self) -> dict[str, Any]:  # torch 2.13 cannot unpickle a uint16 tensor
+        return {**self.__dict__, "_stored": self._stored.view(torch.int16)} if self._narrow else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._stored.dtype == torch.int16:
+            self._stored = self._stored.view(torch.uint16)
 
     @property
     def stored(self) -> Tensor:

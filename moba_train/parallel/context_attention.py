@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moba_kernels import (
     AttendResult,
@@ -32,6 +31,8 @@ from moba_kernels import (
     Routing,
     attend,
 )
+from moba_kernels.checks import check_routing
+from moba_kernels.derivative import refuse_second_derivative
 from moba_kernels.dispatch import resolve
 
 from .all_gather import AllGather
@@ -92,10 +93,12 @@ def context_attend(
             return_routing=True,
         )
     _check_shard(q, k, v, pack, num_ranks, group.rank(), layout)
-    if routing is None and isinstance(spec, MoBA):
-        routing = route_context(q, k, spec, layout=layout, group=group, pack=pack, backend=backend)
     positions = shard_positions(pack.num_tokens, num_ranks, group.rank(), layout)
     positions_S = torch.from_numpy(positions).to(q.device)
+    if routing is not None:
+        check_routing(routing, spec, pack, q, k.shape[1], positions_S)
+    elif isinstance(spec, MoBA):
+        routing = route_context(q, k, spec, layout=layout, group=group, pack=pack, backend=backend)
     call = ShardedCall(spec, pack, layout, group, positions_S, routing, softmax_scale, backend)
     tally = PairTally()
     out, lse = _ContextAttend.apply(q, k, v, call, chosen, tally)  # type: ignore[no-untyped-call]
@@ -132,8 +135,8 @@ class _ContextAttend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("context_attend")
         q, k, v, out, lse = ctx.saved_tensors
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dq, dk, dv = ctx.transport.backward(dout, q, k, v, lse, delta, ctx.call)

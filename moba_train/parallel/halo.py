@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moba_kernels.derivative import refuse_second_derivative
 
 from .collectives import all_gather, reduce_scatter
 from .shard import IntArray, Layout, piece_bounds, piece_owners, shard_length, shard_pieces
@@ -91,8 +92,8 @@ class _KeyHalo(torch.autograd.Function):
         return _take(table, plan.taken).view(len(plan.taken) // halo, halo, *x.shape[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dhalo: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("key_halo")
         plan, group = ctx.plan, ctx.group
         num_ranks = 1 if group is None else group.size()
         accumulate = torch.float64 if ctx.dtype == torch.float64 else torch.float32

@@ -198,6 +198,15 @@ def test_lse_takes_no_gradient():
     assert result.out.requires_grad and not result.lse.requires_grad
 
 
+@pytest.mark.parametrize("spec", [Full(), MoBA(4, 2)])
+def test_a_second_derivative_is_refused_and_not_silently_left_out(spec):
+    q, k, v, _ = make_qkv([0, 16])
+    q.requires_grad_()
+    out = attend(q, k, v, spec).out
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(out.sum() + q.pow(2).sum(), q, create_graph=True)  # the penalty of a gradient's norm
+
+
 def test_inputs_that_are_views_with_strides_give_the_same():
     cu = [0, 40]
     q, k, v, dout = make_qkv(cu)

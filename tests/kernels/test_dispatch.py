@@ -56,7 +56,8 @@ def test_no_public_function_swallows_unknown_arguments():
     q, k, v, _ = make_qkv([0, 16])
     with pytest.raises(TypeError):
         attend(q, k, v, Full(), mask=None)  # type: ignore[call-arg]
-    functions = [x for name, x in vars(moba_kernels).items() if name in moba_kernels.__all__ and inspect.isfunction(x)]
+    public = (getattr(moba_kernels, name) for name in moba_kernels.__all__)  # loaded on first use
+    functions = [x for x in public if inspect.isfunction(x)]
     assert len(functions) >= 10
     for function in functions:
         kinds = {p.kind for p in inspect.signature(function).parameters.values()}
@@ -105,6 +106,10 @@ def bad_calls():
         ),
         "bf16 means": (lambda: route_means(q, torch.zeros(4, 2, 16).bfloat16(), spec, pack=pack), "fp32"),
         "picks of the wrong rank": (lambda: Routing(torch.zeros(16, 1), spec, pack), "picks must be"),
+        "more picks than topk - 1": (lambda: Routing(torch.zeros(16, 4, 2), spec, pack), "at most 1 picks"),
+        "routing is a tensor": (lambda: attend(q, k, v, spec, routing=routing.chunk_ids), "routing must be a Routing"),
+        "no head dim": (lambda: attend(q[..., :0], k[..., :0], v, spec), "at least 1"),
+        "no value dim": (lambda: attend(q, k, v[..., :0], Full()), "at least 1"),
     }
 
 
@@ -114,6 +119,12 @@ def test_a_bad_argument_is_refused_with_what_got_and_fix(case):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "got" in str(caught.value) and "fix:" in str(caught.value)
+
+
+def test_a_routing_survives_pickling():
+    q, k, _, _ = make_qkv([0, 32])
+    routing = route(q, k, MoBA(8, 3))
+    assert pickle.loads(pickle.dumps(routing)).equals(routing)
 
 
 def test_the_report_catches_a_routing_with_fewer_picks_than_planned():

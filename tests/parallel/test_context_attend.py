@@ -284,6 +284,26 @@ def test_a_shard_that_does_not_fit_the_row_is_refused_before_anything_is_sent() 
     assert "q must be [6, heads, dim]: the zigzag shard of rank 1 of 2 in a row of 12 tokens" in messages[1]
 
 
+def _wrong_routings(rank: int, n: int) -> None:
+    x, spec, group = torch.randn(8, 2, 8, requires_grad=True), MoBA(4, 2), dist.group.WORLD
+    mine, other = (torch.from_numpy(shard_positions(16, n, r, "zigzag")) for r in (rank, 1 - rank))
+    picks = torch.full((8, 2, 1), -1)
+    right, pack = Routing(picks, spec, Pack([0, 16]), mine), [0, 16]
+    for routing, cu_seqlens, message in (
+        (right, [0, 7, 16], "was made for Pack"),
+        (Routing(picks, spec, Pack(pack), other), pack, "made for other queries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            context_attend(x, x, x, spec, layout="zigzag", group=group, cu_seqlens=cu_seqlens, routing=routing)
+    out = context_attend(x, x, x, spec, layout="zigzag", group=group, cu_seqlens=pack, routing=right).out
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(out.sum() + x.sum(), x, create_graph=True)
+
+
+def test_a_routing_of_another_row_or_shard_and_a_second_derivative_are_refused() -> None:
+    run_ranks(_wrong_routings, 2)
+
+
 def test_an_unknown_transport_is_refused_with_the_allowed_ones() -> None:
     x = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match=r"unknown transport; got 'pigeon'; allowed: 'auto', 'all_gather'"):
