@@ -108,6 +108,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser], co
     train.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
     train.add_argument(
         "--resume",
+        type=parse_resume,
         default="auto",
         metavar="auto|never|PATH",
         help="auto: go on from the run folder's newest intact checkpoint, if it has one; never: start in an unused "
@@ -166,6 +167,13 @@ def parse_needles(text: str) -> dict[int, int]:
     return needles
 
 
+def parse_resume(text: str) -> str:
+    """auto, never or a path; ArgumentTypeError for nothing at all, as from an unset shell variable."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give auto, never, or the path of a run or checkpoint")
+    return text
+
+
 def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.command in ("prep", "report") and overrides:
         fix = f"moba-train {args.command} --help lists the options"
@@ -189,6 +197,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from moba_train.config.validate import check_world_size
 
     check_world_size(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))  # before anything slow is imported
+    from moba_train.commands.inputs import check_training_inputs
+
+    check_training_inputs(config)
     from moba_train.commands.train import run_train
 
     return run_train(config, resume=args.resume)

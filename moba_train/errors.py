@@ -42,27 +42,41 @@ class UserError(Exception):
         return "\n".join(lines)
 
 
-class ConfigError(UserError):
-    """The configuration does not decode, or its parts contradict one another."""
+class UserErrors(UserError):
+    """Several errors found in one pass, shown together."""
 
+    found = "errors"
 
-class ConfigErrors(ConfigError):
-    """Several configuration errors found in one pass, shown together."""
-
-    def __init__(self, errors: Sequence[ConfigError]) -> None:
+    def __init__(self, errors: Sequence[UserError]) -> None:
         self.errors = tuple(errors)
-        super().__init__(f"{len(self.errors)} errors in the configuration")
+        super().__init__(f"{len(self.errors)} {self.found}")
 
-    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[tuple[ConfigError, ...]]]:
+    def __reduce__(self) -> tuple[type[UserErrors], tuple[tuple[UserError, ...]]]:
         """Errors travel between ranks by pickle."""
-        return ConfigErrors, (self.errors,)
+        return type(self), (self.errors,)
 
     def message(self) -> str:
         return "\n".join([self.what, *(f"{i}. {error.message()}" for i, error in enumerate(self.errors, start=1))])
 
 
+class ConfigError(UserError):
+    """The configuration does not decode, or its parts contradict one another."""
+
+
+class ConfigErrors(UserErrors, ConfigError):
+    """Several configuration errors found in one pass, shown together."""
+
+    found = "errors in the configuration"
+
+
 class DataError(UserError):
     """A data file is missing, empty, damaged, or does not fit the configuration."""
+
+
+class InputErrors(UserErrors, DataError):
+    """Several files or folders that a run needs are not as they should be."""
+
+    found = "errors in the files that the run needs"
 
 
 class CheckpointError(UserError):

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moba_train.commands.parts import build_engine, identity_of, join_ranks, open_tokenizer
+from moba_train.commands.inputs import check_evaluation_inputs
+from moba_train.commands.parts import build_engine, identity_of, join_ranks, make_folder
 from moba_train.config.load import load_config
 from moba_train.data.indexed import open_indexed
 from moba_train.data.needles import NeedleText, haystack_of, load_words
+from moba_train.data.tokenizer import load_tokenizer
 from moba_train.engine.base import AttentionMode
 from moba_train.eval.niah import NiahResult, run_niah
 from moba_train.eval.table import print_niah_table
-from moba_train.parallel import ranks
 from moba_train.parallel.topology import close_topology
 from moba_train.train.checkpoint import FOLDER, list_checkpoints, load_checkpoint
 from moba_train.train.manifest import MANIFEST, sha256_of
@@ -44,15 +45,16 @@ def run_niah_command(
     if "WORLD_SIZE" not in os.environ and not any(word.startswith("--parallel.") for word in overrides):
         # A bare process is one rank; scores do not depend on the mesh. Under torchrun the mesh has to fit.
         config = replace(config, parallel=replace(trained_on, tp=1, cp=1, pp=1, dp="auto"))
+    check_evaluation_inputs(config)
     topology = join_ranks(config)
     begin = resolve_checkpoint(path)
     assert begin.path is not None
-    tokenizer = open_tokenizer(config.data, vocab_size=config.model.vocab_size)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     engine = build_engine(config, topology)
     progress = load_checkpoint(begin.path, engine, identity_of(config, tokenizer, topology))
     engine.set_stage(progress.stage_index)
     out_dir = out if out is not None else begin.path.parent.parent
-    ranks.from_rank_0(lambda: out_dir.mkdir(parents=True, exist_ok=True))
+    make_folder(out_dir, where="--out")
     console = Console(highlight=False, soft_wrap=True)
     if topology.rank == 0:
         for note in begin.notes:

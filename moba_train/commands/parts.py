@@ -1,16 +1,16 @@
-"""What `train` and `eval` have in common: joining the ranks, building the engine, the tokenizer, who a run is."""
+"""What `train` and `eval` have in common: joining the ranks, building the engine, who a run is."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 from moba_train import __version__
-from moba_train.config.schema import DataConfig, RunConfig
+from moba_train.config.schema import RunConfig
 from moba_train.config.validate import check_rows_per_step
-from moba_train.data.indexed import open_indexed
-from moba_train.data.tokenizer import Tokenizer, load_tokenizer
-from moba_train.data.vocabulary import check_vocabulary
+from moba_train.data.tokenizer import Tokenizer
+from moba_train.errors import ConfigError
 from moba_train.parallel import ranks
 from moba_train.quiet import quiet_imports
 from moba_train.train.progress import Identity, model_fingerprint
@@ -49,21 +49,17 @@ def build_engine(config: RunConfig, topology: Topology) -> MegatronEngine:
     )
 
 
-def open_tokenizer(data: DataConfig, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer, after every source was found to fit it and the model. Collective: rank 0 reads the sources.
+def make_folder(path: Path, *, where: str) -> None:
+    """Make a folder that results go to, on rank 0; collective. ConfigError (naming `where`) when it cannot be made."""
 
-    Raises:
-        DataError: a file is missing or damaged, or was written with another tokenizer.
-        ConfigError: the model has fewer embedding rows than the tokenizer has ids.
-    """
-    tokenizer = load_tokenizer(data.tokenizer)
+    def make() -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fix = "choose another folder"
+            raise ConfigError("the folder cannot be made", where=where, got=str(error), fix=fix) from error
 
-    def check() -> None:
-        for source in (*data.sources.values(), data.valid):
-            check_vocabulary(tokenizer, open_indexed(source.path), vocab_size=vocab_size)
-
-    ranks.from_rank_0(check)
-    return tokenizer
+    ranks.from_rank_0(make)
 
 
 def identity_of(config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> Identity:

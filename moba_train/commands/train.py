@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moba_train.commands.evaluators import build_evaluators
-from moba_train.commands.parts import build_engine, identity_of, join_ranks, open_tokenizer
+from moba_train.commands.parts import build_engine, identity_of, join_ranks, make_folder
 from moba_train.config.load import to_toml
 from moba_train.config.schema import RunConfig
 from moba_train.data.stage_data import StageData
@@ -30,23 +30,25 @@ from moba_train.train.signals import StopSignals
 def run_train(config: RunConfig, *, resume: str) -> int:
     """Train as configured; returns the exit code (0 also for a planned stop).
 
+    `moba_train.commands.inputs.check_training_inputs` has looked at the files before.
+
     Args:
         resume: "auto", "never" or a path; see `moba_train.train.resume`.
 
     Raises:
         UserError: anything that the user can mend, on every rank.
     """
-    load_tokenizer(config.data.tokenizer)  # the commonest mistake, data not prepared yet, shows before ranks are joined
-    with StopSignals() as signals:  # from the first moment: a signal during set-up stops after the first step
-        topology = join_ranks(config)
+    topology = join_ranks(config)  # until all ranks are there, a signal ends the process: there is nothing to save
+    with StopSignals() as signals:  # from here on it stops after the current step, the first one included
         run_dir = Path(config.run.dir)
         schedule = build_schedule(config.stages, config.optimizer)
-        tokenizer = open_tokenizer(config.data, vocab_size=config.model.vocab_size)
+        tokenizer = load_tokenizer(config.data.tokenizer)
         identity = identity_of(config, tokenizer, topology)
         engine = build_engine(config, topology)
         evaluators = build_evaluators(config, engine, tokenizer)
         start = begin(run_dir, resume, engine, identity, schedule)
-        ranks.from_rank_0(lambda: _take_folder(run_dir, config))
+        make_folder(run_dir, where="run.dir")  # it is this run's own, now that nothing speaks against it any more
+        ranks.from_rank_0(lambda: replace_text(run_dir / "config.toml", to_toml(config)))
         log, sinks = _outputs(config, topology, start.progress, schedule)
         for line in (*_greeting(config, engine), *start.notes):
             log.line(line)
@@ -71,12 +73,6 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         log.line(_farewell(outcome, run_dir))
     close_topology()
     return 0
-
-
-def _take_folder(run_dir: Path, config: RunConfig) -> None:
-    """Rank 0: make the run folder this run's own, now that nothing speaks against it any more."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / "config.toml", to_toml(config))
 
 
 def _outputs(

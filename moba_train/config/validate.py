@@ -100,10 +100,11 @@ def _finite(tree: Any, path: str) -> Iterator[ConfigError]:
 
 def _at_least(value: float, low: float, where: str, fix: str = "") -> Iterator[ConfigError]:
     if value < low:
-        name = where.rsplit(".", 1)[-1]
-        yield ConfigError(
-            f"{name} must be at least {low}", where=where, got=value, allowed=f">= {low}", fix=fix or f"raise {name}"
-        )
+        parent, _, name = where.rpartition(".")
+        if name.isdecimal():
+            name = f"every number in {parent.rpartition('.')[-1]}"
+        what = f"{name} must be at least {low}"
+        yield ConfigError(what, where=where, got=value, allowed=f">= {low}", fix=fix or f"raise {where}")
 
 
 def _divides(value: int, divisor: int, where: str, by: str, fix: str) -> Iterator[ConfigError]:

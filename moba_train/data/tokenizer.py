@@ -108,7 +108,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             allowed="a sentencepiece .model file",
             fix="run `moba-train prep`, or mend data.tokenizer",
         )
-    return Tokenizer(path, path.read_bytes())
+    model = path.read_bytes()
+    if not model:
+        raise DataError("the tokenizer is empty", where=str(path), got="0 bytes", fix="run `moba-train prep` again")
+    return Tokenizer(path, model)
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, words: Sequence[str] = ()) -> Tokenizer:

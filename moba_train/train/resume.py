@@ -62,7 +62,7 @@ def _find_start(run_dir: Path, resume: str) -> StartingPoint:
         if not list_checkpoints(run_dir):
             return StartingPoint(None, (f"starting from nothing: no checkpoint in {run_dir / FOLDER}",))
         return newest_intact(run_dir)
-    return StartingPoint(*_named(Path(resume)))
+    return StartingPoint(*_named(Path(resume), "--resume"))
 
 
 def resolve_checkpoint(path: Path) -> StartingPoint:
@@ -71,7 +71,7 @@ def resolve_checkpoint(path: Path) -> StartingPoint:
     Raises:
         CheckpointError: there is none, or none is intact.
     """
-    return ranks.from_rank_0(lambda: StartingPoint(*_named(path)))
+    return ranks.from_rank_0(lambda: StartingPoint(*_named(path, "RUN_OR_CHECKPOINT")))
 
 
 def newest_intact(run_dir: Path) -> StartingPoint:
@@ -159,11 +159,12 @@ def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> 
             )
 
 
-def _named(path: Path) -> tuple[Path | None, tuple[str, ...]]:
+def _named(path: Path, argument: str) -> tuple[Path | None, tuple[str, ...]]:
+    """The checkpoint that `argument` of the command line names."""
     if not path.is_dir():
         raise CheckpointError(
             "there is no such folder",
-            where="--resume",
+            where=argument,
             got=str(path),
             allowed="a run folder or a checkpoint folder",
             fix="Check the path.",

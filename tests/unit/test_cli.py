@@ -158,13 +158,24 @@ def test_a_folder_without_a_run_has_no_report(tmp_path: Path, capsys: pytest.Cap
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_training_without_data_says_how_to_get_some(tmp_path: Path) -> None:
-    done = run_cli("train", SMOKE, "--run-dir", str(tmp_path / "run"), "--data.tokenizer", str(tmp_path / "none.model"))
+def test_training_without_data_names_every_missing_file_and_says_how_to_get_them(tmp_path: Path) -> None:
+    config = tmp_path / "smoke.toml"
+    config.write_text(Path(SMOKE).read_text("utf-8").replace("data/smoke", str(tmp_path / "data")))
+    done = run_cli("train", str(config), "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 2
-    assert done.stderr.startswith("moba-train: error: tokenizer not found")
+    assert done.stderr.startswith("moba-train: error: 4 errors in the files that the run needs\n1. tokenizer not found")
+    keys = ("data.tokenizer", "data.sources.text.path", "data.sources.needle_64.path", "data.valid.path")
+    assert [key for key in keys if f"where:   {key}: {tmp_path}" in done.stderr] == list(keys)
     assert "moba-train prep" in done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert not (tmp_path / "run").exists(), "a run that did not begin leaves nothing behind"
+
+
+def test_resume_from_nothing_at_all_is_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", SMOKE, "--resume", ""])
+    assert caught.value.code == 2
+    assert "give auto, never, or the path" in capsys.readouterr().err
 
 
 def test_ranks_that_do_not_fit_the_mesh_are_a_mistake_and_not_a_crash(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Are the files that a run needs there, sound, and of one vocabulary? Asked before anything slow is imported.
+
+Every rank asks for itself: all of them map these files, and a mistake that all ranks find alike ends all of them at
+once, before any waits for another. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from moba_train.config.schema import RunConfig
+from moba_train.data.indexed import open_indexed
+from moba_train.data.tokenizer import Tokenizer, load_tokenizer
+from moba_train.data.vocabulary import check_vocabulary
+from moba_train.errors import ConfigError, InputErrors, UserError
+
+
+def check_training_inputs(config: RunConfig) -> None:
+    """Check tokenizer, every source, held-out text and run folder.
+
+    Raises:
+        UserError: the one mistake (DataError, ConfigError), or all of them together as InputErrors.
+    """
+    sources = [(f"data.sources.{name}.path", source.path) for name, source in config.data.sources.items()]
+    _raise_all(
+        [
+            *_data_errors(config, [*sources, ("data.valid.path", config.data.valid.path)]),
+            *_errors_of("run.dir", partial(_check_folder, Path(config.run.dir))),
+        ]
+    )
+
+
+def check_evaluation_inputs(config: RunConfig) -> None:
+    """Check tokenizer and held-out text; the training sources need not be there. Raises as `check_training_inputs`."""
+    _raise_all(_data_errors(config, [("data.valid.path", config.data.valid.path)]))
+
+
+def _data_errors(config: RunConfig, sources: Sequence[tuple[str, str]]) -> list[UserError]:
+    errors = _errors_of("data.tokenizer", partial(load_tokenizer, config.data.tokenizer))
+    tokenizer = None if errors else load_tokenizer(config.data.tokenizer)
+    for key, path in sources:
+        for error in _errors_of(key, partial(_check_source, path, tokenizer, config.model.vocab_size)):
+            if error.message() not in [known.message() for known in errors]:  # a small model is told of once
+                errors.append(error)
+    return errors
+
+
+def _check_source(path: str, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    documents = open_indexed(path)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, documents, vocab_size=vocab_size)
+
+
+def _check_folder(run_dir: Path) -> None:
+    """Can the run folder be made and written to?"""
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        fix = "choose another --run-dir"
+        raise ConfigError("the run folder is a file, or lies inside one", where="run.dir", got=str(there), fix=fix)
+    if not os.access(there, os.W_OK | os.X_OK):
+        fix = "choose another --run-dir, or mend the permissions"
+        raise ConfigError("the run folder cannot be written to", where="run.dir", got=str(run_dir), fix=fix)
+
+
+def _errors_of(key: str, check: Callable[[], object]) -> list[UserError]:
+    """What `check` objects to, with the configuration key in front of the file's name."""
+    try:
+        check()
+    except ConfigError as error:
+        return [error]
+    except UserError as error:
+        where = f"{key}: {error.where}"
+        return [type(error)(error.what, where=where, got=error.got, allowed=error.allowed, fix=error.fix)]
+    return []
+
+
+def _raise_all(errors: Sequence[UserError]) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputErrors(errors)
