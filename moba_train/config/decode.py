@@ -48,6 +48,24 @@ def join(path: str, key: str | int) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
+def allowed_at(config: RunConfig, path: str) -> str:
+    """What may stand at a dotted path ("an integer"), "" for a path that does not lead to a value."""
+    hint: Any = RunConfig
+    for key in path.split("."):
+        if is_dataclass(hint) and isinstance(hint, type):
+            hint = get_type_hints(hint).get(key)
+        elif get_origin(hint) in (dict, tuple):
+            hint = get_args(hint)[1 if get_origin(hint) is dict else 0]
+        else:
+            return ""
+    if get_origin(hint) is tuple and get_args(hint)[0] in _NAMES:
+        return f"{_NAMES[get_args(hint)[0]]}, once or several times"
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(get_origin(option) is not Literal and option not in _NAMES for option in options):
+        return ""
+    return " or ".join(_allowed(option) for option in options)
+
+
 def _dataclass(value: object, kind: type, path: str, errors: list[ConfigError]) -> Any:
     if not isinstance(value, Mapping):
         errors.append(_wrong_type(path, value, "a table"))

@@ -19,7 +19,7 @@ from typing import Any
 
 import tomli_w
 
-from moba_train.config.decode import closest, decode_run, join
+from moba_train.config.decode import allowed_at, closest, decode_run, join
 from moba_train.config.schema import RunConfig
 from moba_train.config.validate import raise_all, validate
 from moba_train.errors import ConfigError
@@ -92,6 +92,15 @@ def apply_overrides(config: RunConfig, words: Sequence[str], *, prog: str = "mob
     words = _expand_aliases(words)
     if not words:
         return config
+    result, errors = _override(config, words, prog)
+    if errors:  # the parser stops at the first mistake: look at every option by itself
+        errors = [error for option in _options(words) for error in _override(config, option, prog)[1]] or errors
+    raise_all(errors)
+    return result
+
+
+def _override(config: RunConfig, words: Sequence[str], prog: str) -> tuple[RunConfig, list[ConfigError]]:
+    """The configuration with `words` applied, and what is wrong with them; SystemExit(0) for --help."""
     import tyro
 
     captured = io.StringIO()
@@ -101,9 +110,18 @@ def apply_overrides(config: RunConfig, words: Sequence[str], *, prog: str = "mob
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        raise _bad_override(captured.getvalue()) from None
-    raise_all([_unknown_override(word, config) for word in _unknown_options(unknown)], source="command line")
-    return result
+        return config, [_bad_override(words, captured.getvalue(), config)]
+    return result, [_unknown_override(word, config) for word in _unknown_options(unknown)]
+
+
+def _options(words: Sequence[str]) -> list[list[str]]:
+    """Command-line words, each option with the values that follow it."""
+    options: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not options:
+            options.append([])
+        options[-1].append(word)
+    return options
 
 
 def to_toml(config: RunConfig) -> str:
@@ -181,16 +199,21 @@ def _unknown_override(word: str, config: RunConfig) -> ConfigError:
     return ConfigError("unknown option", where="command line", got=word, fix=fix)
 
 
-def _bad_override(said: str) -> ConfigError:
-    """tyro's framed complaint as an error of ours."""
-    lines = [line.strip(_BOX + " ") for line in said.splitlines()]
-    text = " ".join(line for line in lines if line)
-    text = re.sub(r"\s*(Argument helptext:|For full helptext).*", "", text)
-    text = re.sub(r"^(Value error|Invalid choice|Missing argument|Parsing error)s?\s+", "", text)
-    flag = re.search(r"--[\w.-]*\w", text)
+def _bad_override(words: Sequence[str], said: str, config: RunConfig) -> ConfigError:
+    """tyro's framed complaint about one option as an error of ours, in the words of the schema."""
+    option, _, value = words[0].partition("=")
+    values = ([value] if value else []) + list(words[1:])
+    allowed = allowed_at(config, option.lstrip("-").replace("-", "_"))
+    if not allowed:
+        lines = [line.strip(_BOX + " ") for line in said.splitlines()]
+        fix = "--help-config lists every key with its type"
+        got = " ".join(line for line in lines if line)
+        return ConfigError("a command-line override does not fit", where="command line", got=got, fix=fix)
+    meant = closest(values[0], re.findall(r'"(.*?)"', allowed)) if values else ""
     return ConfigError(
-        "a command-line override does not fit",
-        where=f"command line: {flag[0]}" if flag else "command line",
-        got=text,
-        fix="write overrides as --section.key VALUE; --help-config lists every key with its type",
+        "the option's value does not fit" if values else "the option needs a value",
+        where=f"command line: {option}",
+        got=" ".join(values) or "no value",
+        allowed=allowed,
+        fix=f"did you mean {meant}?" if meant else f"write {option} and then {allowed.split(', ')[0]}",
     )

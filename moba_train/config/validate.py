@@ -93,9 +93,11 @@ def _finite(tree: Any, path: str) -> Iterator[ConfigError]:
         for i, item in enumerate(tree):
             yield from _finite(item, f"{path}.{i}")
     elif isinstance(tree, float) and not math.isfinite(tree):
-        yield ConfigError("the number must be finite", where=path, got=tree, fix="write a finite number")
+        yield ConfigError("the number must be finite", where=path, got=tree, allowed="finite", fix="write a number")
     elif isinstance(tree, str) and "\0" in tree:
-        yield ConfigError("the string contains a NUL character", where=path, got=repr(tree), fix="remove it")
+        yield ConfigError(
+            "the string contains a NUL character", where=path, got=repr(tree), allowed="text", fix="remove it"
+        )
 
 
 def _at_least(value: float, low: float, where: str, fix: str = "") -> Iterator[ConfigError]:
@@ -105,6 +107,12 @@ def _at_least(value: float, low: float, where: str, fix: str = "") -> Iterator[C
             name = f"every number in {parent.rpartition('.')[-1]}"
         what = f"{name} must be at least {low}"
         yield ConfigError(what, where=where, got=value, allowed=f">= {low}", fix=fix or f"raise {where}")
+
+
+def _positive(value: float, where: str, fix: str = "write a number above zero") -> Iterator[ConfigError]:
+    if not value > 0:
+        name = where.rpartition(".")[-1]
+        yield ConfigError(f"{name} must be positive", where=where, got=value, allowed="> 0", fix=fix)
 
 
 def _divides(value: int, divisor: int, where: str, by: str, fix: str) -> Iterator[ConfigError]:
@@ -122,15 +130,17 @@ def _divides(value: int, divisor: int, where: str, by: str, fix: str) -> Iterato
 def _run(config: RunConfig) -> Iterator[ConfigError]:
     run = config.run
     if not run.dir.strip():
-        yield ConfigError("the run folder has no name", where="run.dir", got='""', fix="pass --run-dir PATH")
+        allowed = "the path of a folder"
+        yield ConfigError(
+            "the run folder has no name", where="run.dir", got='""', allowed=allowed, fix="--run-dir PATH"
+        )
     yield from _at_least(run.seed, 0, "run.seed")
     yield from _at_least(run.log_every, 1, "run.log_every")
     yield from _at_least(run.max_bad_steps, 1, "run.max_bad_steps")
     yield from _at_least(run.stop_after_steps, 0, "run.stop_after_steps")
     yield from _at_least(config.checkpoint.every_steps, 0, "checkpoint.every_steps")
     yield from _at_least(config.checkpoint.keep_last, 1, "checkpoint.keep_last")
-    if config.engine.timeout_s <= 0:
-        yield ConfigError("the timeout must be positive", where="engine.timeout_s", got=config.engine.timeout_s)
+    yield from _positive(config.engine.timeout_s, "engine.timeout_s", "give seconds")
 
 
 def _model(model: ModelConfig) -> Iterator[ConfigError]:
@@ -147,10 +157,8 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
     fix = "each key/value head serves the same number of query heads"
     yield from _divides(model.num_heads, model.num_kv_heads, "model.num_heads", "model.num_kv_heads", fix)
     yield from _divides(model.head_dim, 2, "model.head_dim", "2", "RoPE rotates pairs of dimensions")
-    if not model.norm_eps > 0:
-        yield ConfigError("norm_eps must be positive", where="model.norm_eps", got=model.norm_eps, allowed="> 0")
-    if not model.init_std > 0:
-        yield ConfigError("init_std must be positive", where="model.init_std", got=model.init_std, allowed="> 0")
+    yield from _positive(model.norm_eps, "model.norm_eps")
+    yield from _positive(model.init_std, "model.init_std")
 
 
 def _parallel(config: RunConfig) -> Iterator[ConfigError]:
@@ -197,17 +205,14 @@ def _rows_per_step(stages: Sequence[StageConfig], dp: int) -> Iterator[ConfigErr
 
 
 def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[ConfigError]:
-    if not optimizer.lr > 0:
-        yield ConfigError("the learning rate must be positive", where="optimizer.lr", got=optimizer.lr, allowed="> 0")
-    for name in ("beta1", "beta2"):
+    yield from _positive(optimizer.lr, "optimizer.lr")
+    ranges = (("beta1", "0 <= beta1 < 1"), ("beta2", "0 <= beta2 < 1"), ("min_lr_ratio", "0 to 1"))
+    for name, allowed in ranges:
         value = getattr(optimizer, name)
-        if not 0 <= value < 1:
-            yield ConfigError(f"{name} is out of range", where=f"optimizer.{name}", got=value, allowed="0 <= beta < 1")
-    if not 0 <= optimizer.min_lr_ratio <= 1:
-        where = "optimizer.min_lr_ratio"
-        yield ConfigError("min_lr_ratio is out of range", where=where, got=optimizer.min_lr_ratio, allowed="0 to 1")
-    if not optimizer.eps > 0:
-        yield ConfigError("eps must be positive", where="optimizer.eps", got=optimizer.eps, allowed="> 0")
+        if not 0 <= value <= 1 or (name != "min_lr_ratio" and value == 1):
+            where, fix = f"optimizer.{name}", "write a number in this range"
+            yield ConfigError(f"{name} is out of range", where=where, got=value, allowed=allowed, fix=fix)
+    yield from _positive(optimizer.eps, "optimizer.eps")
     for name in ("weight_decay", "clip_grad", "warmup_tokens", "decay_tokens"):
         yield from _at_least(getattr(optimizer, name), 0, f"optimizer.{name}")
     if optimizer.warmup_tokens + optimizer.decay_tokens > total_tokens > 0:
@@ -240,25 +245,26 @@ def _data(config: RunConfig) -> Iterator[ConfigError]:
     data = config.data
     if not data.tokenizer.strip():
         fix = "run `moba-train prep` and name the tokenizer.model that it wrote"
-        yield ConfigError("no tokenizer is given", where="data.tokenizer", got='""', fix=fix)
+        yield ConfigError("no tokenizer is given", where="data.tokenizer", got='""', allowed="a .model file", fix=fix)
     if not data.sources:
         fix = "add a table [data.sources.NAME] with the path prefix of a .bin/.idx pair"
-        yield ConfigError("there is no training source", where="data.sources", got="{}", fix=fix)
+        yield ConfigError("there is no training source", where="data.sources", got="{}", allowed="one or more", fix=fix)
     for name, source in (*((f"sources.{key}", item) for key, item in data.sources.items()), ("valid", data.valid)):
-        where = f"data.{name}"
+        where, pair = f"data.{name}", "the path of a .bin/.idx pair without the ending"
         if not source.path.strip():
-            fix = "give the path prefix of a .bin/.idx pair"
-            yield ConfigError("the source has no path", where=f"{where}.path", got='""', fix=fix)
+            fix = f"set {where}.path, or remove the table"
+            yield ConfigError("the source has no path", where=f"{where}.path", got='""', allowed=pair, fix=fix)
         elif source.path.endswith((".bin", ".idx")):
             fix = f'write "{source.path[:-4]}"'
-            yield ConfigError("a source is named without its ending", where=f"{where}.path", got=source.path, fix=fix)
+            what, got = "a source is named without its ending", source.path
+            yield ConfigError(what, where=f"{where}.path", got=got, allowed=pair, fix=fix)
         yield from _at_least(source.min_doc_tokens, 0, f"{where}.min_doc_tokens")
 
 
 def _stages(config: RunConfig) -> Iterator[ConfigError]:
     if not config.stages:
         fix = "add a [[stages]] table with name, tokens, tokens_per_step, seq_len and mix"
-        yield ConfigError("the schedule has no stage", where="stages", got="[]", fix=fix)
+        yield ConfigError("the schedule has no stage", where="stages", got="[]", allowed="one or more", fix=fix)
     seen: dict[str, int] = {}
     for i, stage in enumerate(config.stages):
         first = seen.setdefault(stage.name, i)
@@ -267,6 +273,7 @@ def _stages(config: RunConfig) -> Iterator[ConfigError]:
                 "two stages have the same name",
                 where=f"stages.{i}.name",
                 got=f'"{stage.name}", as stages.{first}',
+                allowed="a name of its own",
                 fix="name every stage differently",
             )
         yield from _stage(stage, f"stages.{i}", config)
@@ -274,7 +281,7 @@ def _stages(config: RunConfig) -> Iterator[ConfigError]:
 
 def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[ConfigError]:
     if not stage.name.strip():
-        yield ConfigError("the stage has no name", where=f"{where}.name", got='""', fix="name it")
+        yield ConfigError("the stage has no name", where=f"{where}.name", got='""', allowed="text", fix="name it")
     for name in ("tokens", "tokens_per_step", "seq_len", "chunk_size", "topk"):
         yield from _at_least(getattr(stage, name), 1, f"{where}.{name}")
     fix = "a stage consists of whole steps"
@@ -289,8 +296,8 @@ def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[Config
             allowed=f"1 to {stage.seq_len} (seq_len)",
             fix='choose smaller chunks, or attention = "full"',
         )
-    if stage.lr != "inherit" and not stage.lr > 0:
-        yield ConfigError("the learning rate must be positive", where=f"{where}.lr", got=stage.lr, allowed="> 0")
+    if stage.lr != "inherit":
+        yield from _positive(stage.lr, f"{where}.lr", 'write a number above zero, or "inherit"')
     layers = stage.full_layers
     for name in ("first", "last", "every"):
         yield from _at_least(getattr(layers, name), 0, f"{where}.full_layers.{name}")
@@ -308,7 +315,9 @@ def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[Config
 
 def _mix(stage: StageConfig, where: str, config: RunConfig) -> Iterator[ConfigError]:
     if not stage.mix:
-        yield ConfigError("the stage draws from no source", where=f"{where}.mix", got="{}", fix="name its sources")
+        fix, allowed = "name its sources and their weights", ", ".join(config.data.sources) or "(no sources)"
+        what = "the stage draws from no source"
+        yield ConfigError(what, where=f"{where}.mix", got="{}", allowed=allowed, fix=fix)
     for name, weight in stage.mix.items():
         if name not in config.data.sources:
             yield ConfigError(
@@ -330,7 +339,8 @@ def _mix(stage: StageConfig, where: str, config: RunConfig) -> Iterator[ConfigEr
 
 def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:
     if not rope.base > 1:
-        yield ConfigError("the RoPE base must exceed 1", where=f"{where}.base", got=rope.base, allowed="> 1")
+        fix = "10000.0 is the usual base of short sequences"
+        yield ConfigError("the RoPE base must exceed 1", where=f"{where}.base", got=rope.base, allowed="> 1", fix=fix)
     if rope.factor < 1 or (rope.scaling == "none" and rope.factor != 1):
         yield ConfigError(
             "the RoPE factor does not fit its scaling",
@@ -346,6 +356,7 @@ def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:
                 f"{low} must be positive and less than {high}",
                 where=f"{where}.{low}",
                 got=f"{low} {getattr(rope, low)}, {high} {getattr(rope, high)}",
+                allowed=f"0 < {low} < {high}",
                 fix="swap or correct them",
             )
 
@@ -367,12 +378,16 @@ def _evaluation(config: RunConfig) -> Iterator[ConfigError]:
 
 def _niah(niah: NiahConfig) -> Iterator[ConfigError]:
     if not niah.lengths:
-        yield ConfigError("the grid has no length", where="niah.lengths", got="[]", fix="give at least one length")
+        yield ConfigError(
+            "the grid has no length", where="niah.lengths", got="[]", allowed="one or more", fix="add one"
+        )
     for i, length in enumerate(niah.lengths):
         fix = "needle, question and answer need that much room"
         yield from _at_least(length, _SHORTEST_NIAH, f"niah.lengths.{i}", fix)
         if length in niah.lengths[:i]:
-            yield ConfigError("a length stands twice", where=f"niah.lengths.{i}", got=length, fix="remove one")
+            yield ConfigError(
+                "a length stands twice", where=f"niah.lengths.{i}", got=length, allowed="once", fix="remove one"
+            )
     yield from _at_least(niah.depths, 1, "niah.depths")
     yield from _at_least(niah.samples, 1, "niah.samples")
     yield from _at_least(niah.every_steps, 0, "niah.every_steps")

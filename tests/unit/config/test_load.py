@@ -126,9 +126,12 @@ def test_a_preset_from_the_command_line_fills_what_the_file_leaves_out(tmp_path:
         (["--stages.7.tokens", "2"], "command line", "did you mean --stages."),
         (["--zzz", "2"], "command line", "--help-config"),
         (["stray"], "command line", "unexpected word"),
-        (["--parallel.cp", "two"], "command line: --parallel.cp", "invalid literal for int"),
-        (["--parallel.layout", "zigzig"], "command line: --parallel.layout", "zigzag"),
-        (["--run-dir"], "command line: --run.dir", "Missing value"),
+        (["--parallel.cp", "two"], "command line: --parallel.cp", "got:     two\n  allowed: an integer"),
+        (["--parallel.dp=x"], "command line: --parallel.dp", 'allowed: an integer or "auto"'),
+        (["--niah.lengths", "64", "x"], "command line: --niah.lengths", "an integer, once or several times"),
+        (["--stages.1.mix.text", "a"], "command line: --stages.1.mix.text", "allowed: a number"),
+        (["--parallel.layout", "zigzig"], "command line: --parallel.layout", "did you mean zigzag?"),
+        (["--run-dir"], "command line: --run.dir", "needs a value"),
         (["--model.preset"], "command line", "needs a value"),
         (["--model.preset", "gpt-5"], f"{SMOKE}: model.preset", "unknown model preset"),
     ],
@@ -145,6 +148,13 @@ def test_several_unknown_options_are_all_named() -> None:
     with pytest.raises(ConfigErrors) as caught:
         load_config(SMOKE, ["--parallel.cpp", "2", "--stages.0.tokes", "1"])
     assert [error.got for error in caught.value.errors] == ["--parallel.cpp", "--stages.0.tokes"]
+
+
+def test_wrong_values_and_unknown_options_are_reported_together() -> None:
+    words = ["stray", "--stages.0.topk", "1.5", "--parallel.cpp", "2", "--run.seed", "7", "--parallel.dp", "x"]
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(SMOKE, words)
+    assert [error.got for error in caught.value.errors] == ["stray", "1.5", "--parallel.cpp", "x"]
 
 
 def test_no_overrides_leave_the_configuration_as_it_is() -> None:

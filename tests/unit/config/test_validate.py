@@ -57,7 +57,7 @@ def test_the_smoke_configuration_is_valid(smoke: RunConfig) -> None:
         ("engine.timeout_s", 0.0, "engine.timeout_s", "positive"),
         ("optimizer.lr", 0.0, "optimizer.lr", "> 0"),
         ("optimizer.lr", math.inf, "optimizer.lr", "finite"),
-        ("optimizer.beta2", 1.0, "optimizer.beta2", "0 <= beta < 1"),
+        ("optimizer.beta2", 1.0, "optimizer.beta2", "0 <= beta2 < 1"),
         ("optimizer.min_lr_ratio", 1.5, "optimizer.min_lr_ratio", "0 to 1"),
         ("optimizer.eps", 0.0, "optimizer.eps", "> 0"),
         ("optimizer.weight_decay", -0.1, "optimizer.weight_decay", ">= 0"),
@@ -106,8 +106,9 @@ def test_a_broken_rule_is_reported_where_it_is_broken(
     with pytest.raises(ConfigError) as caught:
         validate(config)
     errors = caught.value.errors if isinstance(caught.value, ConfigErrors) else (caught.value,)
-    message = next(error.message() for error in errors if error.where == where)
-    assert fragment in message
+    error = next(error for error in errors if error.where == where)
+    assert fragment in error.message()
+    assert error.what and error.got is not None and error.allowed and error.fix
 
 
 def test_a_full_stage_may_have_chunks_longer_than_its_rows(smoke: RunConfig) -> None:
