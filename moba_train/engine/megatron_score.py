@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moba_train.engine.local_row import LocalRow
+from moba_train.model.loss import token_losses
 from moba_train.model.row_context import RowContext
 from moba_train.parallel.topology import Topology
-from moba_train.quiet import quiet_imports
-
-with quiet_imports():
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 
 def token_scores(logits: Tensor, local: LocalRow, topology: Topology) -> tuple[Tensor, Tensor]:
@@ -30,7 +27,8 @@ def token_scores(logits: Tensor, local: LocalRow, topology: Topology) -> tuple[T
     """
     logits_SV = logits[0].float()
     best_S = _argmax_over_vocabulary(logits_SV, topology)
-    losses = vocab_parallel_cross_entropy(logits_SV[:, None].clone(), local.labels.T.contiguous())
+    own_SV = logits_SV.clone() if topology.tp > 1 else logits_SV  # Megatron's loss overwrites what it is given
+    losses = token_losses(own_SV[:, None], local.labels.T.contiguous(), tp=topology.tp)
     log_prob_T = torch.zeros(local.context.pack.num_tokens, dtype=torch.float32, device=logits.device)
     argmax_T = torch.zeros(local.context.pack.num_tokens, dtype=torch.int64, device=logits.device)
     log_prob_T[local.context.positions_S] = -losses[:, 0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from moba_train.config.schema import EngineConfig, ModelConfig
 from moba_train.errors import ConfigError
@@ -23,7 +24,17 @@ with quiet_imports():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from moba_train.model.attention import ContextCoreAttention
+from moba_train.model.loss import token_losses
 from moba_train.model.weights import initialize_weights
+
+
+class Gpt(GPTModel):
+    """Megatron's model with our loss."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels int64 [B,S], logits [S,B,V] -> the loss of each token, fp32 [B,S]."""
+        losses_SB = token_losses(logits, labels.T.contiguous(), tp=self.config.tensor_model_parallel_size)
+        return losses_SB.T.contiguous()
 
 
 def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topology) -> TransformerConfig:
@@ -77,7 +88,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     return spec
 
 
-def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, seed: int) -> GPTModel:
+def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, seed: int) -> Gpt:
     """This rank's part of the model, initialised, on `topology.device`.
 
     The weights are a function of (model, seed) alone: any mesh starts from the same model. The model's forward takes
@@ -86,7 +97,7 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
     """
     config = transformer_config(model, engine, topology)
     with megatron_cpu.cuda_calls_on_cpu():
-        gpt = GPTModel(
+        gpt = Gpt(
             config=config,
             transformer_layer_spec=layer_spec(model),
             vocab_size=model.vocab_size,
@@ -119,4 +130,4 @@ def _check_mesh(model: ModelConfig, topology: Topology) -> None:
             )
 
 
-__all__ = ["build_gpt", "layer_spec", "transformer_config"]
+__all__ = ["Gpt", "build_gpt", "layer_spec", "transformer_config"]
