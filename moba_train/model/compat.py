@@ -1,4 +1,4 @@
-"""Where the releases of megatron-core differ that this project runs on: 0.16 (the last for Python 3.11) and 0.19."""
+"""Where releases of megatron-core differ: 0.16 (the last for Python 3.11) to 0.19 are known to work."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ with quiet_imports():
 def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
     """Say that tensor-parallel ranks share `parameter` along `dim`; Megatron's gradient norm reads it.
 
-    With perform_initialization = False, 0.19 marks the parameters of its own layers while it builds them and refuses to
-    mark one twice; 0.16 marks none.
+    With perform_initialization = False, 0.18 and later mark the parameters of their own layers while they build them, and
+    refuse to mark one twice; earlier releases mark none.
     """
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)

@@ -1,4 +1,4 @@
-"""Lets megatron-core (0.16.1 and its neighbours) run on a machine without CUDA.
+"""Lets megatron-core (0.16 to 0.19) run on a machine without CUDA.
 
 Megatron-core names the CUDA device literally: `torch.zeros(1, device="cuda")`, `torch.cuda.current_device()`,
 `param.type() == "torch.cuda.FloatTensor"`. None of that is needed for its results, so on a machine without CUDA
