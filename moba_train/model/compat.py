@@ -13,8 +13,8 @@ with quiet_imports():
 def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
     """Say that tensor-parallel ranks share `parameter` along `dim`; Megatron's gradient norm reads it.
 
-    With perform_initialization = False, 0.18 and later mark the parameters of their own layers while they build them, and
-    refuse to mark one twice; earlier releases mark none.
+    With perform_initialization = False, 0.18 and later mark the parameters of their own layers while they build them,
+    and refuse to mark one twice; earlier releases mark none.
     """
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)
