@@ -112,20 +112,8 @@ class Pack:
         return self._chunks[chunk_size]
 
     def planned_pairs(self, spec: AttentionSpec) -> int:
-        """(query, key) pairs that one query head attends to under `spec`, in closed form.
-
-        A query at offset o of its chunk, c chunks before it, attends to o + 1 + min(topk - 1, c) * chunk_size keys.
-        """
-        lengths = np.diff(self.bounds)
-        if isinstance(spec, Full):
-            return int((lengths * (lengths + 1) // 2).sum())
-        size, picks = spec.chunk_size, spec.num_picks
-        whole, tail = lengths // size, lengths % size
-        own = whole * (size * (size + 1) // 2) + tail * (tail + 1) // 2
-        growing = np.minimum(whole, picks + 1)  # chunks 0 .. picks see all chunks before them, the rest see `picks`
-        picked_by_whole = growing * (growing - 1) // 2 + (whole - growing) * picks
-        picked = picked_by_whole * size * size + tail * np.minimum(whole, picks) * size
-        return int((own + picked).sum())
+        """(query, key) pairs that one query head attends to under `spec`, in closed form."""
+        return planned_pairs_of_lengths(np.diff(self.bounds), spec)
 
     def density(self, spec: AttentionSpec) -> float:
         """Attended pairs divided by causal pairs; 1.0 for Full and for an empty row."""
@@ -142,6 +130,22 @@ class Pack:
         return f"Pack(num_tokens={self.num_tokens}, num_documents={self.num_documents})"
 
 
+def planned_pairs_of_lengths(lengths: IntArray, spec: AttentionSpec) -> int:
+    """(query, key) pairs that one query head attends to in documents of these lengths, in closed form.
+
+    A query at offset o of its chunk, c chunks before it, attends to o + 1 + min(topk - 1, c) * chunk_size keys.
+    """
+    if isinstance(spec, Full):
+        return int((lengths * (lengths + 1) // 2).sum())
+    size, picks = spec.chunk_size, spec.num_picks
+    whole, tail = lengths // size, lengths % size
+    own = whole * (size * (size + 1) // 2) + tail * (tail + 1) // 2
+    growing = np.minimum(whole, picks + 1)  # chunks 0 .. picks see all chunks before them, the rest see `picks`
+    picked_by_whole = growing * (growing - 1) // 2 + (whole - growing) * picks
+    picked = picked_by_whole * size * size + tail * np.minimum(whole, picks) * size
+    return int((own + picked).sum())
+
+
 def pack_of(cu_seqlens: Pack | Sequence[int] | Tensor | None, num_tokens: int) -> Pack:
     """The Pack of a call: given, built from cu_seqlens, or one document. ValueError unless it ends at num_tokens."""
     if cu_seqlens is None:
@@ -153,4 +157,4 @@ def pack_of(cu_seqlens: Pack | Sequence[int] | Tensor | None, num_tokens: int) -
     return pack
 
 
-__all__ = ["ChunkGeometry", "ChunkTensors", "Pack", "pack_of"]
+__all__ = ["ChunkGeometry", "ChunkTensors", "Pack", "pack_of", "planned_pairs_of_lengths"]

@@ -28,7 +28,7 @@ from moba_train.model.loss import token_losses
 from moba_train.model.weights import initialize_weights
 
 
-class Gpt(GPTModel):
+class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no types
     """Megatron's model with our loss."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -108,7 +108,8 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
             position_embedding_type="none",
         )
     initialize_weights(gpt, model, topology, seed=seed)
-    return gpt.to(device=topology.device, dtype=config.params_dtype)
+    placed: Gpt = gpt.to(device=topology.device, dtype=config.params_dtype)
+    return placed
 
 
 def _check_mesh(model: ModelConfig, topology: Topology) -> None:

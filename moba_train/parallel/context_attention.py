@@ -34,6 +34,7 @@ from moba_kernels import (
 from moba_kernels.checks import check_routing
 from moba_kernels.derivative import refuse_second_derivative
 from moba_kernels.dispatch import resolve
+from moba_kernels.pack import planned_pairs_of_lengths
 
 from .all_gather import AllGather
 from .pooled_keys import route_context
@@ -114,7 +115,7 @@ def planned_pairs_of_shard(pack: Pack, spec: AttentionSpec, *, num_ranks: int, r
     """
 
     def planned_before(token: int) -> int:
-        return Pack(np.minimum(pack.bounds, token).tolist()).planned_pairs(spec)
+        return planned_pairs_of_lengths(np.diff(np.minimum(pack.bounds, token)), spec)
 
     pieces = shard_pieces(pack.num_tokens, num_ranks, rank, layout)
     return sum(planned_before(stop) - planned_before(start) for start, stop in pieces)
