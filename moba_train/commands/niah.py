@@ -10,15 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from moba_train.commands.inputs import check_evaluation_inputs
-from moba_train.commands.parts import build_engine, identity_of, join_ranks, make_folder
+from moba_train.commands.parts import build_engine, identity_of, joined_ranks, make_folder
 from moba_train.config.load import load_config
+from moba_train.config.schema import RunConfig
 from moba_train.data.indexed import open_indexed
 from moba_train.data.needles import NeedleText, haystack_of, load_words
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.engine.base import AttentionMode
 from moba_train.eval.niah import NiahResult, run_niah
 from moba_train.eval.table import print_niah_table
-from moba_train.parallel.topology import close_topology
+from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import FOLDER, list_checkpoints, load_checkpoint
 from moba_train.train.manifest import MANIFEST, sha256_of
 from moba_train.train.resume import resolve_checkpoint
@@ -46,7 +47,24 @@ def run_niah_command(
         # A bare process is one rank; scores do not depend on the mesh. Under torchrun the mesh has to fit.
         config = replace(config, parallel=replace(trained_on, tp=1, cp=1, pp=1, dp="auto"))
     check_evaluation_inputs(config)
-    topology = join_ranks(config)
+    console = Console(highlight=False, soft_wrap=True)
+    if config.parallel != trained_on:
+        mesh = f"tp {trained_on.tp}, cp {trained_on.cp}, pp {trained_on.pp}"
+        console.print(f"one process, one rank (trained with {mesh}); torchrun spreads it over more", markup=False)
+    with joined_ranks(config) as topology:
+        _evaluate(config, path, topology, attentions, out, console)
+    return 0
+
+
+def _evaluate(
+    config: RunConfig,
+    path: Path,
+    topology: Topology,
+    attentions: tuple[AttentionMode, ...],
+    out: Path | None,
+    console: Console,
+) -> None:
+    """Load the checkpoint, score the grid and print it; collective over all ranks."""
     begin = resolve_checkpoint(path)
     assert begin.path is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -55,13 +73,9 @@ def run_niah_command(
     engine.set_stage(progress.stage_index)
     out_dir = out if out is not None else begin.path.parent.parent
     make_folder(out_dir, where="--out")
-    console = Console(highlight=False, soft_wrap=True)
     if topology.rank == 0:
         for note in begin.notes:
             console.print(note.replace("resuming from", "evaluating"), markup=False)
-        if config.parallel != trained_on:
-            mesh = f"tp {trained_on.tp}, cp {trained_on.cp}, pp {trained_on.pp}"
-            console.print(f"one process, one rank (trained with {mesh}); torchrun spreads it over more", markup=False)
     result = run_niah(
         engine,
         NeedleText(tokenizer, load_words()),
@@ -79,8 +93,6 @@ def run_niah_command(
     )
     if topology.rank == 0:
         _print_result(result, console)
-    close_topology()
-    return 0
 
 
 def trained_config(path: Path) -> Path:

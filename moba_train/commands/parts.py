@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,20 +12,25 @@ from moba_train import __version__
 from moba_train.config.schema import RunConfig
 from moba_train.config.validate import check_rows_per_step
 from moba_train.data.tokenizer import Tokenizer
-from moba_train.errors import ConfigError
+from moba_train.errors import ConfigError, UserError
 from moba_train.parallel import ranks
 from moba_train.quiet import quiet_imports
 from moba_train.train.progress import Identity, model_fingerprint
 
 with quiet_imports():
     from moba_train.engine.megatron import MegatronEngine, choose_device
-    from moba_train.parallel.topology import Topology, init_topology
+    from moba_train.parallel.topology import Topology, close_topology, init_topology
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
 
 
-def join_ranks(config: RunConfig) -> Topology:
-    """Join the other ranks of the job.
+@contextmanager
+def joined_ranks(config: RunConfig) -> Iterator[Topology]:
+    """Join the other ranks of the job for as long as the context is open.
+
+    A UserError, which every rank raises, leaves in good order too: a process that ends while its groups are open may
+    be aborted by their threads, and its exit code is lost. After any other error the others may wait in a collective,
+    and taking leave of them could wait as well.
 
     Raises:
         ConfigError: the number of ranks does not fit the mesh, or the rows of a step do not fit the ranks.
@@ -31,8 +38,13 @@ def join_ranks(config: RunConfig) -> Topology:
     """
     device = choose_device(config.engine.device)
     topology = init_topology(config.parallel, device=device, timeout_s=config.engine.timeout_s)
-    check_rows_per_step(config.stages, topology.dp)
-    return topology
+    try:
+        check_rows_per_step(config.stages, topology.dp)
+        yield topology
+    except UserError:
+        close_topology()
+        raise
+    close_topology()
 
 
 def build_engine(config: RunConfig, topology: Topology) -> MegatronEngine:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from moba_train.commands.evaluators import build_evaluators
-from moba_train.commands.parts import build_engine, identity_of, join_ranks, make_folder
+from moba_train.commands.parts import build_engine, identity_of, joined_ranks, make_folder
 from moba_train.config.load import to_toml
 from moba_train.config.schema import RunConfig
 from moba_train.data.stage_data import StageData
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.engine.base import Engine
 from moba_train.parallel import ranks
-from moba_train.parallel.topology import Topology, close_topology
+from moba_train.parallel.topology import Topology
 from moba_train.plan_view import build_plan
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import ConsoleLogger, Log, SilentLog
@@ -38,8 +38,9 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     Raises:
         UserError: anything that the user can mend, on every rank.
     """
-    topology = join_ranks(config)  # until all ranks are there, a signal ends the process: there is nothing to save
-    with StopSignals() as signals:  # from here on it stops after the current step, the first one included
+    # Until all ranks are there, a signal ends the process: there is nothing to save. From then on it stops after the
+    # current step, the first one included.
+    with joined_ranks(config) as topology, StopSignals() as signals:
         run_dir = Path(config.run.dir)
         schedule = build_schedule(config.stages, config.optimizer)
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -71,7 +72,6 @@ def run_train(config: RunConfig, *, resume: str) -> int:
             for sink in sinks:
                 sink.close()
         log.line(_farewell(outcome, run_dir))
-    close_topology()
     return 0
 
 

@@ -95,6 +95,15 @@ def test_a_mistake_is_told_once_and_its_exit_code_is_passed_on(workspace: Path) 
     assert not (workspace / "none").exists()
 
 
+def test_a_mistake_that_shows_once_the_ranks_have_met_ends_them_in_good_order(workspace: Path) -> None:
+    (workspace / "used").mkdir()
+    (workspace / "used" / "metrics.jsonl").write_text("")
+    code, out, err = ended(launch(workspace, "--resume", "never", "--run-dir", "used"))
+    assert (code, out) == (2, "")
+    assert err.startswith("moba-train: error: --resume never starts afresh, but the run folder already holds a run\n")
+    assert len(err.splitlines()) == 5, "no traceback, no abort of a thread"
+
+
 def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_never_was(workspace: Path) -> None:
     assert ended(launch(workspace))[::2] == (0, "")
 
