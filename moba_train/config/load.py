@@ -9,6 +9,7 @@ Precedence: command line > file > preset > defaults of the schema.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import re
@@ -21,7 +22,7 @@ import tomli_w
 
 from moba_train.config.decode import allowed_at, closest, decode_run, join
 from moba_train.config.schema import RunConfig
-from moba_train.config.validate import raise_all, validate
+from moba_train.config.validate import find_errors, raise_all, validate
 from moba_train.errors import ConfigError
 
 _ALIASES = (("--run-dir", "--run.dir"),)
@@ -78,9 +79,47 @@ def decode_toml(text: str, *, source: str = "", preset: str = "") -> RunConfig:
     if preset and isinstance(tree.get("model", {}), dict):
         tree["model"] = {**tree.get("model", {}), "preset": preset}
     config, errors = decode_run(tree)
+    if errors:
+        errors += _values_out_of_range(tree, errors)
     raise_all(errors, source=source)
     assert config is not None
     return config
+
+
+def _values_out_of_range(tree: dict[str, Any], errors: Sequence[ConfigError]) -> list[ConfigError]:
+    """Rules that the sound part of a file breaks: those about one value that the file itself gives.
+
+    Other rules wait until the file decodes: beside a key that is misspelt they would blame the default in its place.
+    """
+    sound = copy.deepcopy(tree)
+    for error in errors:
+        parent, key = _lookup(sound, error.where)
+        if isinstance(parent, dict):
+            parent.pop(key, None)
+    config, left = decode_run(sound)
+    if config is None or left:
+        return []
+    broken = [error for error in find_errors(config) if error.allowed.startswith(">")]
+    return [error for error in broken if _is_given(_lookup(sound, error.where))]
+
+
+def _is_given(place: tuple[Any, str]) -> bool:
+    """Does the key of `_lookup` stand in its table or array?"""
+    parent, key = place
+    return key in parent if isinstance(parent, dict) else isinstance(parent, list) and key.isdecimal()
+
+
+def _lookup(tree: Any, path: str) -> tuple[Any, str]:
+    """The table or array that holds the last key of a dotted path, and that key; (None, key) where there is none."""
+    *parents, key = path.split(".")
+    for name in parents:
+        if isinstance(tree, dict):
+            tree = tree.get(name)
+        elif isinstance(tree, list) and name.isdecimal() and int(name) < len(tree):
+            tree = tree[int(name)]
+        else:
+            return None, key
+    return tree, key
 
 
 def apply_overrides(config: RunConfig, words: Sequence[str], *, prog: str = "moba-train") -> RunConfig:

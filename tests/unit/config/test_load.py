@@ -157,6 +157,18 @@ def test_wrong_values_and_unknown_options_are_reported_together() -> None:
     assert [error.got for error in caught.value.errors] == ["stray", "1.5", "--parallel.cpp", "x"]
 
 
+def test_keys_types_and_ranges_are_reported_together(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    text = SMOKE.read_text().replace("log_every", "log_evry").replace("1234", "-1").replace("topk = 3", "topk = 0")
+    file.write_text(text.replace("rows = 2", 'rows = "2"').replace("tokens_per_step = 1_024", "tokens_per_stp = 1_024"))
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(file)
+    assert [error.where.removeprefix(f"{file}: ") for error in caught.value.errors] == [
+        *("run.log_evry", "stages.0.tokens_per_stp", "stages.1.tokens_per_stp", "eval.rows"),
+        *("run.seed", "stages.0.topk", "stages.1.topk"),
+    ]
+
+
 def test_no_overrides_leave_the_configuration_as_it_is() -> None:
     config = load_config(SMOKE)
     assert apply_overrides(config, []) is config
