@@ -12,6 +12,5 @@ from moba_train.parallel.topology import Topology, close_topology, init_topology
 @pytest.fixture
 def topology() -> Iterator[Topology]:
     """One rank with process groups, as a run without torchrun has them."""
-    close_topology()  # a test of the engine in this process may have left its own
     yield init_topology(ParallelConfig(), device=torch.device("cpu"), timeout_s=60.0)
     close_topology()

@@ -1,0 +1,17 @@
+"""What every test file may rely on: it begins without process groups, whatever the file before it left behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_groups_left_behind() -> Iterator[None]:
+    """Engines that a file builds in the test process keep their groups between its tests; here they end."""
+    yield
+    topology = sys.modules.get("moba_train.parallel.topology")  # files that need no torch do not import it for this
+    if topology is not None:
+        topology.close_topology()
