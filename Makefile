@@ -55,7 +55,7 @@ smoke: $(READY) ## A whole run in under a minute on one process: prepare, train,
 	@$(BIN)/moba-train report runs/smoke
 
 .PHONY: demo
-demo: $(READY) ## Prepare, train on 2 ranks, stop, resume, find the needle, report (about 12 minutes on 2 cores)
+demo: $(READY) ## Prepare, train on 2 ranks, stop, resume, find the needle, report (about 7 minutes on 2 cores)
 	@launch/demo.sh "$(BIN)" "$(DEMO_RANKS)" "$(DEMO_RUN)"
 
 .PHONY: clean
