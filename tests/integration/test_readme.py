@@ -54,6 +54,7 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+@pytest.mark.timeout(900)
 def test_the_commands_of_the_readme_run_as_written(workspace: tuple[Path, dict[str, str]]) -> None:
     commands = [words for words in shell_lines() if words[0] != "make"]
     assert commands[0][:2] == ["moba-train", "prep"]
