@@ -14,6 +14,7 @@ Legend: all lengths and offsets are in tokens unless a name says bytes.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -251,9 +252,25 @@ def _check_boundaries(idx: Path, boundaries: NDArray[np.int64], num_sequences: i
         )
 
 
+def _require_no_spans(path: Path) -> None:
+    """Spans are optional, but where `prep` wrote some, a loss on every token would be another training.
+
+    Raises:
+        DataError: the folder's prep.json lists the file that is not there.
+    """
+    listing = path.parent / "prep.json"
+    try:
+        files = json.loads(listing.read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a folder of `prep`
+    if path.name in files:
+        raise DataError("the answer spans of the source are missing", where=str(path), got="no such file", fix=REBUILD)
+
+
 def _open_spans(prefix: str, num_documents: int) -> NDArray[np.int64] | None:
     path = spans_path(prefix)
     if not path.exists():
+        _require_no_spans(path)
         return None
     try:
         spans: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)

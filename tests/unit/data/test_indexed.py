@@ -1,5 +1,6 @@
 """Megatron index files: what is written comes back, and damage is named before anything maps it."""
 
+import json
 import struct
 import warnings
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_answer_spans_are_found_by_document(tmp_path):
     assert documents.answer_spans(0).tolist() == [[1, 2], [2, 3]]
     assert documents.answer_spans(1).tolist() == []
     assert documents.answer_spans(2).tolist() == [[0, 1]]
+
+
+def test_answer_spans_that_prep_wrote_may_not_go_missing(tmp_path):
+    prefix = pair(tmp_path, spans=np.array([[0, 1, 2]]))
+    (tmp_path / "prep.json").write_text(json.dumps({"files": {"pair.spans.npy": 1}}))
+    assert open_indexed(prefix).spans is not None
+    spans_path(prefix).unlink()
+    with pytest.raises(DataError, match="answer spans of the source are missing"):
+        open_indexed(prefix)
 
 
 def test_a_new_pair_does_not_inherit_the_spans_of_an_old_one(tmp_path):
