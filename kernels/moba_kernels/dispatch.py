@@ -1,7 +1,8 @@
 """Which backend serves a call, and why not. A backend refuses with every reason; nothing falls back silently.
 
-To add a backend: write pool/NAME.py, route/NAME.py and attend/NAME.py (or reuse a part of another backend), and give it
-an entry in `BACKENDS`, with a `refuse` that lists what it cannot serve.
+A backend is loaded when it is first asked for: importing the operator imports neither triton nor flash-attn. To add one,
+write pool/NAME.py, route/NAME.py and attend/NAME.py (or reuse a part of another backend), and give it a loader in
+`LOADERS`, with a `refuse` that lists what it cannot serve.
 """
 
 from __future__ import annotations
@@ -13,16 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .attend import reference as attend_reference
-from .attend import torch as attend_torch
 from .attend.call import AttendCall
 from .errors import BackendError, bad_argument
 from .pack import Pack
-from .pool import reference as pool_reference
-from .pool import torch as pool_torch
 from .report import PairTally, Partial
-from .route import reference as route_reference
-from .route import torch as route_torch
 from .routing import Routing
 from .spec import MoBA
 
@@ -58,61 +53,91 @@ class AttendBackward(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def serves_everything(q: Tensor) -> tuple[str, ...]:
+def serves_everything(*tensors: Tensor) -> tuple[str, ...]:
     """No reason to refuse."""
     return ()
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the operator. `refuse(q)` lists the reasons why it cannot serve queries like q."""
+    """One way to run the operator. `refuse(*tensors)` lists why it cannot serve a call on these tensors."""
 
     name: str
     pool_sums: PoolSums
     route_means: RouteMeans
     attend_partial: AttendForward
     attend_partial_backward: AttendBackward
-    refuse: Callable[[Tensor], tuple[str, ...]] = serves_everything
+    refuse: Callable[..., tuple[str, ...]] = serves_everything
 
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {
-        "reference": Backend(
-            "reference",
-            pool_reference.pool_sums,
-            route_reference.route_means,
-            attend_reference.attend_partial,
-            attend_reference.attend_partial_backward,
-        ),
-        "torch": Backend(
-            "torch",
-            pool_torch.pool_sums,
-            route_torch.route_means,
-            attend_torch.attend_partial,
-            attend_torch.attend_partial_backward,
-        ),
-    }
+def _reference() -> Backend:
+    from .attend import reference as attend
+    from .pool import reference as pool
+    from .route import reference as route
+
+    return Backend(
+        "reference", pool.pool_sums, route.route_means, attend.attend_partial, attend.attend_partial_backward
+    )
+
+
+def _torch() -> Backend:
+    from .attend import torch as attend
+    from .pool import torch as pool
+    from .route import torch as route
+
+    return Backend("torch", pool.pool_sums, route.route_means, attend.attend_partial, attend.attend_partial_backward)
+
+
+def _triton() -> Backend:
+    from .triton_support import refuse, require_triton
+
+    require_triton()
+    from .attend import triton as attend
+    from .pool import triton as pool
+    from .route import triton as route
+
+    return Backend(
+        "triton", pool.pool_sums, route.route_means, attend.attend_partial, attend.attend_partial_backward, refuse
+    )
+
+
+def _flash() -> Backend:
+    from .attend import flash as attend
+    from .pool import torch as pool
+    from .route import torch as route
+
+    return Backend(
+        "flash", pool.pool_sums, route.route_means, attend.attend_partial, attend.attend_partial_backward, attend.refuse
+    )
+
+
+LOADERS: Mapping[str, Callable[[], Backend]] = MappingProxyType(
+    {"reference": _reference, "torch": _torch, "triton": _triton, "flash": _flash}
 )
 
-# Names of the public vocabulary that this build does not serve.
-UNBUILT = ("triton", "flash")
 
+def resolve(name: str, *tensors: Tensor) -> Backend:
+    """The backend that `name` means for a call on these tensors.
 
-def resolve(name: str, q: Tensor) -> Backend:
-    """The backend that `name` means for queries like q ("auto" = "torch").
-
-    Raises ValueError for an unknown name and BackendError, with every reason, for one that cannot serve the call.
+    "auto" is "triton" for CUDA tensors that it serves, else "torch"; the report of a call names what ran. Raises
+    ValueError for an unknown name and BackendError, with every reason, for a backend that cannot serve the call.
     """
-    if name in UNBUILT:
-        reasons = [f"backend {name!r} is not part of this build"]
-        if q.device.type != "cuda":
-            reasons.append(f"it needs CUDA tensors, q lies on {q.device}")
-        raise BackendError(name, reasons)
-    backend = BACKENDS.get("torch" if name == "auto" else name)
-    if backend is None:
-        allowed = ", ".join(repr(known) for known in ("auto", *BACKENDS, *UNBUILT))
+    if name == "auto":
+        return _automatic(tensors)
+    if name not in LOADERS:
+        allowed = ", ".join(repr(known) for known in ("auto", *LOADERS))
         raise bad_argument(f"unknown backend; allowed: {allowed}", repr(name), "pass backend='auto'")
-    reasons = list(backend.refuse(q))
+    backend = LOADERS[name]()
+    reasons = list(backend.refuse(*tensors))
     if reasons:
         raise BackendError(backend.name, reasons)
     return backend
+
+
+def _automatic(tensors: tuple[Tensor, ...]) -> Backend:
+    if tensors[0].device.type == "cuda":
+        try:
+            return resolve("triton", *tensors)
+        except BackendError:
+            pass  # "auto" promises no particular backend
+    return _torch()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attend.call import AttendCall
+from .attend.call import AttendCall, accumulate_dtype
 from .checks import check_heads, check_positions, check_qkv, check_routing, check_spec
 from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
@@ -71,7 +71,7 @@ def route_means(
     check_heads(q_THD.shape[1], mean_CKD.shape[1])
     check_positions("q", q_positions, q_THD.shape[0], pack)
     with torch.no_grad():
-        serve = resolve(backend, q_THD).route_means
+        serve = resolve(backend, q_THD, mean_CKD).route_means
         return serve(q_THD.detach(), mean_CKD, spec, pack=pack, q_positions=q_positions)
 
 
@@ -119,7 +119,19 @@ def attend_partial(
     Returns:
         Partial(out [T,H,Dv], lse [T,H]), fp32 (fp64 for fp64 inputs); a query with no key at hand gives 0 and -inf.
     """
-    call, serve = _prepare(q_THD, k_SKD, v_SKD, spec, pack, q_positions, k_positions, routing, softmax_scale, backend)
+    call, serve = _prepare(
+        q_THD,
+        k_SKD,
+        v_SKD,
+        spec,
+        pack,
+        q_positions,
+        k_positions,
+        routing,
+        softmax_scale,
+        backend,
+        accumulate_dtype(q_THD),
+    )
     with torch.no_grad():
         return serve.attend_partial(q_THD.detach(), k_SKD.detach(), v_SKD.detach(), call, tally)
 
@@ -147,7 +159,19 @@ def attend_partial_backward(
         delta_TH: rowsum(dout * out) with the merged out. The rest as in `attend_partial`.
     Shares add up: summed over any split of the keys or queries they are the whole gradient.
     """
-    call, serve = _prepare(q_THD, k_SKD, v_SKD, spec, pack, q_positions, k_positions, routing, softmax_scale, backend)
+    call, serve = _prepare(
+        q_THD,
+        k_SKD,
+        v_SKD,
+        spec,
+        pack,
+        q_positions,
+        k_positions,
+        routing,
+        softmax_scale,
+        backend,
+        accumulate_dtype(q_THD),
+    )
     if dout_THDv.shape != (*q_THD.shape[:2], v_SKD.shape[2]):
         fix = "pass the gradient of the merged output"
         raise bad_argument(f"dout must be {(*q_THD.shape[:2], v_SKD.shape[2])}", tuple(dout_THDv.shape), fix)
@@ -175,6 +199,7 @@ def _prepare(
     routing: Routing | None,
     softmax_scale: float | None,
     backend: str,
+    result_dtype: torch.dtype,
 ) -> tuple[AttendCall, Backend]:
     """Check a partial call and find its backend."""
     check_spec(spec)
@@ -186,7 +211,7 @@ def _prepare(
     elif isinstance(spec, MoBA):
         raise bad_argument("attend_partial under MoBA needs a routing", None, "pass routing=route_means(...)")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return AttendCall(pack, q_positions, k_positions, routing, scale), resolve(backend, q)
+    return AttendCall(pack, q_positions, k_positions, routing, scale, result_dtype), resolve(backend, q, v)
 
 
 class _Attend(torch.autograd.Function):
@@ -195,7 +220,6 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttendCall, serve: Backend, tally: PairTally) -> Any:
         out, lse = serve.attend_partial(q, k, v, call, tally)
-        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.serve = call, serve
         ctx.mark_non_differentiable(lse)
@@ -206,8 +230,7 @@ class _Attend(torch.autograd.Function):
         refuse_second_derivative("attend")
         q, k, v, out, lse = ctx.saved_tensors
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        dq, dk, dv = ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return *ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call), None, None, None
 
 
 def attend(
@@ -243,10 +266,11 @@ def attend(
     pack = pack_of(cu_seqlens, q.shape[0])
     if isinstance(spec, MoBA) and routing is None:
         routing = route(q, k, spec, cu_seqlens=pack, backend=backend)
-    call, serve = _prepare(q, k, v, spec, pack, None, None, routing, softmax_scale, backend)
+    call, serve = _prepare(q, k, v, spec, pack, None, None, routing, softmax_scale, backend, q.dtype)
     tally = PairTally()
     out, lse = _Attend.apply(q, k, v, call, serve, tally)  # type: ignore[no-untyped-call]
-    report = ExecutionReport(serve.name, pack.planned_pairs(spec) * q.shape[1], tally)
+    planned = pack.planned_pairs(spec) * q.shape[1]
+    report = ExecutionReport(serve.name, planned, tally, call.segments.num_covered_documents)
     return AttendResult(out, lse, routing if return_routing else None, report)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import bad_argument
-from .spec import AttentionSpec, Full
+from .spec import AttentionSpec, Full, MoBA
 
 IntArray = npt.NDArray[np.int64]
 
@@ -64,6 +64,46 @@ class ChunkGeometry:
         return {**self.__dict__, "_on_device": {}}
 
 
+class Segments:
+    """What is plain causal attention in a call: documents under Full, own chunks under MoBA, and whole documents again
+    where topk chunks cover them and every query took all it could. Built by `Pack.segments`, never by hand.
+    """
+
+    def __init__(self, bounds: IntArray, spec: AttentionSpec, geometry: ChunkGeometry | None) -> None:
+        lengths = np.diff(bounds)
+        filled = lengths > 0
+        if geometry is None:
+            covered, covered_C, edges = filled, np.zeros(0, dtype=bool), bounds[np.append(True, filled)]
+        else:
+            assert isinstance(spec, MoBA)
+            covered = lengths <= spec.topk * spec.chunk_size
+            covered_C = covered[geometry.doc_C]
+            first_of_doc = np.diff(geometry.doc_C, prepend=-1) > 0
+            edges = np.append(geometry.start_C[first_of_doc | ~covered_C], bounds[-1])
+        self.edges: IntArray = edges
+        """[segments + 1]: segment s holds tokens edges[s] .. edges[s + 1] - 1."""
+        self.covered_C: npt.NDArray[np.bool_] = covered_C
+        """[C]: the picks of this chunk's queries lie in their segment already. Empty under Full."""
+        self.num_covered_documents = int((covered & filled).sum())
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def any_picks(self) -> bool:
+        """Is there a query whose picks lie outside its segment?"""
+        return bool((~self.covered_C).any())
+
+    def tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """(edges int64 [segments + 1], covered_C bool [C]) on `device`, copied once and kept on this object."""
+        device = torch.device(device)
+        if device not in self._on_device:
+            arrays = (self.edges, self.covered_C)
+            self._on_device[device] = tuple(torch.from_numpy(array).to(device) for array in arrays)  # type: ignore[assignment]
+        return self._on_device[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_on_device": {}}
+
+
 class Pack:
     """The documents of one packed row.
 
@@ -94,6 +134,7 @@ class Pack:
         """cu_seqlens as a numpy array; do not write to it."""
         bounds.setflags(write=False)
         self._chunks: dict[int, ChunkGeometry] = {}
+        self._segments: dict[tuple[AttentionSpec, bool], Segments] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +151,16 @@ class Pack:
                 raise bad_argument("chunk_size must be >= 1", chunk_size, "pass chunk_size >= 1")
             self._chunks[chunk_size] = ChunkGeometry(self.bounds, chunk_size)
         return self._chunks[chunk_size]
+
+    def segments(self, spec: AttentionSpec, *, complete: bool) -> Segments:
+        """The causal segments under `spec`, computed once and kept. complete: see `Routing.complete`; without it no
+        document counts as covered."""
+        known = (spec, complete)
+        if known not in self._segments:
+            geometry = self.chunks(spec.chunk_size) if isinstance(spec, MoBA) else None
+            counted = MoBA(spec.chunk_size, 1, spec.select) if isinstance(spec, MoBA) and not complete else spec
+            self._segments[known] = Segments(self.bounds, counted, geometry)
+        return self._segments[known]
 
     def planned_pairs(self, spec: AttentionSpec) -> int:
         """(query, key) pairs that one query head attends to under `spec`, in closed form."""

@@ -5,6 +5,7 @@ Shape letters: T query tokens, H query heads, Dv value dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,21 +30,32 @@ class PairTally:
 
     def __init__(self) -> None:
         self._attended: list[Tensor] = []
-        self._scored = 0
+        self._scored: list[Tensor | int] = []
 
-    def add(self, attended: Tensor, scored: int) -> None:
-        """attended: scalar tensor, pairs that entered a softmax; scored: elements of score tiles, padding included."""
+    def add(self, attended: Tensor, scored: Tensor | int) -> None:
+        """attended: pairs that entered a softmax, a tensor that is summed up when it is read.
+
+        scored: elements of score tiles, padding included; a tensor likewise, where the host does not know it.
+        """
         self._attended.append(attended)
-        self._scored += scored
+        self._scored.append(scored)
 
     @property
     def attended(self) -> int:
         """Reads the device."""
-        return int(torch.stack([x.to(torch.int64) for x in self._attended]).sum()) if self._attended else 0
+        return _total(self._attended)
 
     @property
     def scored(self) -> int:
-        return self._scored
+        """Reads the device."""
+        return _total(self._scored)
+
+
+def _total(counts: Sequence[Tensor | int]) -> int:
+    """Their sum; device tensors are added up where they lie and read once."""
+    unread = [x.sum(dtype=torch.int64) for x in counts if isinstance(x, Tensor)]
+    known = sum(x for x in counts if not isinstance(x, Tensor))
+    return known + (int(torch.stack(unread).sum()) if unread else 0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class ExecutionReport:
     planned_pairs: int
     """Closed form from the pack and the spec, times the number of query heads."""
     tally: PairTally = field(repr=False)
+    covered_documents: int = 0
+    """Documents that ran as plain causal attention: all under Full, under MoBA those that topk chunks cover."""
 
     @property
     def computed_pairs(self) -> int:

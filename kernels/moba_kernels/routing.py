@@ -29,9 +29,19 @@ class Routing:
         picks_TRP: [T,R,P] chunk ids by falling gate score, -1 = none (any integer dtype; kept as uint16 while ids fit).
         spec, pack: what they were picked under.
         q_positions: [T] ascending global token indices of the queries; None = all tokens of the pack.
+        complete: every query picked as many chunks as there are, topk - 1 at most. The gate and the random control say
+            so of theirs; then a document that topk chunks cover is plain causal attention, and backends run it so.
     """
 
-    def __init__(self, picks_TRP: Tensor, spec: MoBA, pack: Pack, q_positions: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        picks_TRP: Tensor,
+        spec: MoBA,
+        pack: Pack,
+        q_positions: Tensor | None = None,
+        *,
+        complete: bool = False,
+    ) -> None:
         if picks_TRP.dim() != 3:
             raise bad_argument("picks must be [T,R,P]", tuple(picks_TRP.shape), "see Routing.from_chunk_ids")
         if picks_TRP.shape[2] > spec.num_picks:
@@ -44,6 +54,7 @@ class Routing:
         self.spec = spec
         self.pack = pack
         self.q_positions = q_positions
+        self.complete = complete
         narrow = pack.chunks(spec.chunk_size).num_chunks < NONE_UINT16
         if picks_TRP.dtype == torch.uint16:
             self._stored = picks_TRP
@@ -110,7 +121,13 @@ class Routing:
             if self._narrow
             else (self._stored[rows.to(device)])
         )
-        return Routing(picks, self.spec, self.pack, positions)
+        return Routing(picks, self.spec, self.pack, positions, complete=self.complete)
+
+    def of_kv_heads(self, first: int, stop: int, num_kv_heads: int) -> Routing:
+        """The routing of the query heads that read KV heads first .. stop - 1 of num_kv_heads; shares storage."""
+        heads_of_kv = self.num_routed_heads // num_kv_heads  # H/K for select="head", 1 for "group"
+        stored = self._stored[:, first * heads_of_kv : stop * heads_of_kv]
+        return Routing(stored, self.spec, self.pack, self.q_positions, complete=self.complete)
 
     @property
     def _narrow(self) -> bool:
@@ -209,4 +226,4 @@ def random_routing(
         every = torch.where(candidates_T1 > i, candidates_T1 - 1 - i, -1)
         picks[:, :, i] = torch.where(candidates_T1 > kept, sampled, every)
     picks = torch.where(picks >= 0, picks + first_T[:, None, None], picks)
-    return Routing(picks, spec, pack, q_positions)
+    return Routing(picks, spec, pack, q_positions, complete=True)

@@ -104,7 +104,9 @@ def context_attend(
     tally = PairTally()
     out, lse = _ContextAttend.apply(q, k, v, call, chosen, tally)  # type: ignore[no-untyped-call]
     planned = planned_pairs_of_shard(pack, spec, num_ranks=num_ranks, rank=group.rank(), layout=layout) * q.shape[1]
-    return AttendResult(out, lse, routing, ExecutionReport(resolve(backend, q).name, planned, tally))
+    covered = pack.segments(spec, complete=routing is None or routing.complete).num_covered_documents
+    report = ExecutionReport(resolve(backend, q, v).name, planned, tally, covered)
+    return AttendResult(out, lse, routing, report)
 
 
 def planned_pairs_of_shard(pack: Pack, spec: AttentionSpec, *, num_ranks: int, rank: int, layout: Layout) -> int:

@@ -48,9 +48,7 @@ class ShardedCall:
         """The routing of the query heads that read KV heads first .. stop - 1."""
         if self.routing is None:
             return None
-        heads_of_kv = self.routing.num_routed_heads // num_kv_heads  # H/K for select="head", 1 for "group"
-        stored = self.routing.stored[:, first * heads_of_kv : stop * heads_of_kv]
-        return Routing(stored, self.routing.spec, self.pack, self.positions_S)
+        return self.routing.of_kv_heads(first, stop, num_kv_heads)
 
 
 class Transport(Protocol):

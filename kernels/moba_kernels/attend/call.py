@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pack import Pack
+from ..pack import Pack, Segments
 from ..routing import Routing
+from ..spec import Full
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,15 @@ class AttendCall:
     k_positions: Tensor | None
     routing: Routing | None
     scale: float
+    result_dtype: torch.dtype
+    """Of out, dq, dk and dv: fp32 for partials (fp64 for fp64 inputs), the inputs' own for a whole attention."""
+
+    @property
+    def segments(self) -> Segments:
+        """Where this call is plain causal attention. Queries outside `covered_C` also attend to their picks."""
+        if self.routing is None:
+            return self.pack.segments(Full(), complete=True)
+        return self.pack.segments(self.routing.spec, complete=self.routing.complete)
 
 
 def accumulate_dtype(q: Tensor) -> torch.dtype:

@@ -44,7 +44,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         lse[:, head] = lse_T.to(acc)
         if tally is not None:
             tally.add(mask.sum(), mask.numel())
-    return Partial(out, lse)
+    return Partial(out.to(call.result_dtype), lse)
 
 
 def attend_partial_backward(
@@ -57,7 +57,6 @@ def attend_partial_backward(
     call: AttendCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P = exp(scale q k^T - lse); dV = P^T dO; dS = P (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q."""
-    acc = accumulate_dtype(q_THD)
     dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q_THD, k_SKD, v_SKD))
     num_heads = q_THD.shape[1]
     for head in range(num_heads):
@@ -69,4 +68,4 @@ def attend_partial_backward(
         dq[:, head] = dscores @ k
         dk[:, kv_head] += dscores.T @ q
         dv[:, kv_head] += weights.T @ dout
-    return dq.to(acc), dk.to(acc), dv.to(acc)
+    return dq.to(call.result_dtype), dk.to(call.result_dtype), dv.to(call.result_dtype)

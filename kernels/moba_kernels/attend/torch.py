@@ -127,7 +127,8 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         tile_out.div_(total if batch.seen_NM1 is None else torch.where(total == 0, 1.0, total))
         tile_lse = top.add_(total.log()).flatten()
         _merge_(out, lse, tile_out.flatten(0, 1), tile_lse, batch)
-    return Partial(out[:-1].view(num_queries, num_heads, v_SKD.shape[2]), lse[:-1].view(num_queries, num_heads))
+    out_THD = out[:-1].view(num_queries, num_heads, v_SKD.shape[2]).to(call.result_dtype)
+    return Partial(out_THD, lse[:-1].view(num_queries, num_heads))
 
 
 def _merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor, batch: TileBatch) -> None:
@@ -180,4 +181,5 @@ def attend_partial_backward(
         dq.index_add_(0, batch.rows, dq_tile.flatten(0, 1))  # rows stand once a step, the spare row aside
         dk_tile = torch.baddbmm(q.new_empty(()), dscores.mT, q, beta=0, alpha=call.scale)
         add_rows_(dk, batch.key_rows, dk_tile.flatten(0, 1))
-    return dq[:-1].view(q_THD.shape), dk.view(k_SKD.shape), dv.view(v_SKD.shape)
+    whole = dq[:-1].view(q_THD.shape), dk.view(k_SKD.shape), dv.view(v_SKD.shape)
+    return tuple(x.to(call.result_dtype) for x in whole)  # type: ignore[return-value]

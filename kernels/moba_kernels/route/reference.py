@@ -34,4 +34,4 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
             ranked = sorted(range(own - first), key=lambda i, scores=scores: (scores[i], i), reverse=True)  # type: ignore[misc]
             for slot, candidate in enumerate(ranked[: spec.num_picks]):
                 picks[t, head, slot] = first + candidate
-    return Routing(picks.to(q_THD.device), spec, pack, q_positions)
+    return Routing(picks.to(q_THD.device), spec, pack, q_positions, complete=True)

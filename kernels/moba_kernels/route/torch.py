@@ -45,7 +45,7 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
             rows = slice(begin * BLOCK_Q, min(end * BLOCK_Q, num_queries))
             low_N = torch.from_numpy(low_B[begin:end]).to(q_THD.device)
             picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], low_N, width, kept)
-    return Routing(picks, spec, pack, q_positions)
+    return Routing(picks, spec, pack, q_positions, complete=True)
 
 
 def _windows(own_T: Tensor, first_T: Tensor) -> tuple[IntArray, IntArray]:
