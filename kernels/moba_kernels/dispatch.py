@@ -1,7 +1,7 @@
 """Which backend serves a call, and why not. A backend refuses with every reason; nothing falls back silently.
 
-A backend is loaded when it is first asked for: importing the operator imports neither triton nor flash-attn. To add one,
-write pool/NAME.py, route/NAME.py and attend/NAME.py (or reuse a part of another backend), and give it a loader in
+A backend is loaded when it is first asked for: importing the operator imports neither triton nor flash-attn. To add
+one, write pool/NAME.py, route/NAME.py and attend/NAME.py (or reuse a part of another backend), and give it a loader in
 `LOADERS`, with a `refuse` that lists what it cannot serve.
 """
 

@@ -34,6 +34,16 @@ def dot(a, b):  # type: ignore[no-untyped-def]
     return tl.dot(a, b, input_precision="ieee")
 
 
+@triton.jit
+def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 in a narrower dtype, rounded to nearest even; the interpreter truncates to bf16, so there it is done by hand."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One compiled form of a kernel, as a call launches it: what `make aot` compiles for every target."""

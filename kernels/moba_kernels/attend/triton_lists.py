@@ -23,8 +23,8 @@ class PickLists:
     entries_E: Tensor
     """int32 [upper bound of E]; what lies beyond edges[-1] is not an entry."""
     edges: Tensor
-    """int64 [K*C*P + 1]: list i = (kv * C + chunk) * P + slot is entries_E[edges[i] : edges[i + 1]], so that all picks of a
-    chunk stand together: edges[(kv * C + chunk) * P] .. edges[(kv * C + chunk + 1) * P] - 1."""
+    """int64 [K*C*P + 1]: list i = (kv * C + chunk) * P + slot is entries_E[edges[i] : edges[i + 1]], so that
+    all picks of a chunk stand together: edges[(kv * C + chunk) * P] .. edges[(kv * C + chunk + 1) * P] - 1."""
     num_kv_heads: int
     num_chunks: int
     num_slots: int
