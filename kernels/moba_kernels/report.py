@@ -29,13 +29,13 @@ class PairTally:
     """Counts pairs while a backend works: device tensors are added unread, so counting never waits for a device."""
 
     def __init__(self) -> None:
-        self._attended: list[Tensor] = []
+        self._attended: list[Tensor | int] = []
         self._scored: list[Tensor | int] = []
 
-    def add(self, attended: Tensor, scored: Tensor | int) -> None:
-        """attended: pairs that entered a softmax, a tensor that is summed up when it is read.
+    def add(self, attended: Tensor | int, scored: Tensor | int) -> None:
+        """attended: pairs that entered a softmax; scored: elements of score tiles, padding included.
 
-        scored: elements of score tiles, padding included; a tensor likewise, where the host does not know it.
+        What the host does not know comes as a tensor, whose elements are summed up when it is read.
         """
         self._attended.append(attended)
         self._scored.append(scored)

@@ -36,7 +36,7 @@ def dot(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 in a narrower dtype, rounded to nearest even; the interpreter truncates to bf16, so there it is done by hand."""
+    """fp32 in a narrower dtype, rounded to nearest even; by hand under the interpreter, which truncates bf16."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)

@@ -55,6 +55,10 @@ class Shape:
     num_heads: int
     num_kv_heads: int
 
+    @classmethod
+    def of(cls, q_THD: Tensor, k_SKD: Tensor) -> Shape:
+        return cls(q_THD.shape[0], k_SKD.shape[0], q_THD.shape[1], k_SKD.shape[1])
+
     @property
     def pad_row(self) -> int:
         return self.num_queries * self.num_heads
@@ -76,24 +80,6 @@ def visible_keys(call: AttendCall) -> IntArray:
         key_S = host_positions(call.k_positions, call.pack.num_tokens)
         visible = np.searchsorted(key_S, query_T, side="right")
     return np.append(visible, 0)
-
-
-def steps_of(call: AttendCall, shape: Shape, device: torch.device) -> Iterator[Step]:
-    """All the work of a call."""
-    query_T = host_positions(call.q_positions, call.pack.num_tokens)
-    key_S = host_positions(call.k_positions, call.pack.num_tokens)
-    visible_T = visible_keys(call)
-    if call.routing is None:
-        edges = call.pack.bounds
-        yield from causal_steps(
-            np.searchsorted(query_T, edges), np.searchsorted(key_S, edges), visible_T, shape, device
-        )
-        return
-    geometry = call.pack.chunks(call.routing.spec.chunk_size)
-    edges = np.append(geometry.start_C, call.pack.num_tokens)
-    keys_C = np.searchsorted(key_S, edges)
-    yield from causal_steps(np.searchsorted(query_T, edges), keys_C, visible_T, shape, device)
-    yield from pick_steps(call.routing.picks_of_heads(shape.num_heads), keys_C, shape, device)
 
 
 def _power_of_two(value: int, low: int, high: int) -> int:

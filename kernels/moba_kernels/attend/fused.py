@@ -1,0 +1,168 @@
+"""Attention on CPU through the flash kernel that PyTorch ships, which returns the log-sum-exp.
+
+It serves q, k and v of one head dim. What it is asked for comes in two forms, both without a mask of ours:
+
+- blocks (blocks.py): causal squares and rectangles, read through strided views of q, k and v;
+- lists: the rows that picked a chunk, gathered, against the chunk's keys where they lie. A row picks a chunk at most
+  once, so merging a list in place cannot collide. Lists are cut into tiles of a fixed size, zero-padded, so that a
+  row's tile depends only on itself and earlier rows.
+
+The kernel's backward takes `out` and works out delta = rowsum(dout * out) itself. Here delta is given and out is not:
+a stand-in dout * (delta / rowsum(dout^2)) has just that row sum.
+
+Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, N tiles of a list, M
+rows of a tile, L keys of a chunk, B equal blocks, R = T*H query rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ranges import ranges
+from .blocks import Block
+from .lists import ChunkList
+from .sums import Gradients, Sums
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Elements of one gathered or computed tensor: 4 MB in fp32 for a list, which stays near the cores; 16 MB for blocks,
+# whose inputs are read in place.
+LIST_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 22
+# Shorter calls gain little, and keep to GEMMs: in fp32 the kernel's dq has 1.2 times the RMS error of the plain way,
+# and rows with few keys, whose gradients are the largest, show it most.
+MIN_KEYS = 4096
+
+
+def serves(q_THD: Tensor, v_SKD: Tensor) -> bool:
+    """The kernel runs on CPU, takes one head dim for q, k and v, and is worth it from MIN_KEYS keys on."""
+    return q_THD.device.type == "cpu" and q_THD.shape[2] == v_SKD.shape[2] and v_SKD.shape[0] >= MIN_KEYS
+
+
+def stand_in_ratio(dout_THD: Tensor, delta_TH: Tensor) -> Tensor:
+    """delta / rowsum(dout^2), 0 where dout is 0; scaled by each row's largest entry, so that squares stay in range."""
+    ratio = torch.zeros_like(delta_TH)
+    for part in ranges(dout_THD.shape[0], LIST_ELEMENTS // max(1, dout_THD[:1].numel())):
+        dout = dout_THD[part].to(delta_TH.dtype)
+        top = dout.abs().amax(-1, keepdim=True)
+        safe = torch.where(top == 0, 1.0, top)
+        squares = (dout / safe).square_().sum(-1)
+        ratio[part] = torch.where(top == 0, 0.0, delta_TH[part, :, None] / safe / safe)[..., 0] / squares.clamp_min(1.0)
+    return ratio
+
+
+def _parts(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[tuple[Block, int, int]]:
+    """(some of the equal blocks, first KV head, one past the last) within BLOCK_ELEMENTS, one of one head at least."""
+    rows = max(block.num_queries * num_heads // num_kv_heads, block.num_keys)
+    heads = max(1, min(num_kv_heads, BLOCK_ELEMENTS // (rows * dim)))
+    count = max(1, BLOCK_ELEMENTS // (rows * dim * heads))
+    for begin in range(0, block.count, count):
+        for first in range(0, num_kv_heads, heads):
+            yield block.part(begin, min(block.count, begin + count)), first, min(num_kv_heads, first + heads)
+
+
+def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Tensor:
+    """[B, length, heads, ...] of x [tokens, heads, ...]: item i begins at token first + i * stride. A view."""
+    x = x[first:, heads]
+    strides = (x.stride(0) * max(1, block.stride), *x.stride())
+    return x.as_strided((block.count, length, *x.shape[1:]), strides)
+
+
+@dataclass(frozen=True)
+class _BlockViews:
+    block: Block
+    q_heads: slice
+    kv_heads: slice
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        return _view(x, self.block.first_query, self.block.num_queries, self.block, self.q_heads)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return _view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
+
+
+def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[_BlockViews]:
+    group = num_heads // num_kv_heads
+    for part, first, stop in _parts(block, num_heads, num_kv_heads, dim):
+        yield _BlockViews(part, slice(first * group, stop * group), slice(first, stop))
+
+
+def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, sums: Sums) -> None:
+    """Write or merge one block's share of the output."""
+    (num_queries, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], sums.out.dtype
+    out_THD, lse_TH = sums.out[:-1].view(num_queries, num_heads, dim), sums.lse[:-1].view(num_queries, num_heads)
+    for views in _block_views(block, num_heads, num_kv_heads, dim):
+        q = views.of_queries(q_THD).to(acc).transpose(1, 2)
+        k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+        out, lse = (x.transpose(1, 2) for x in _forward(q, k, v, 0.0, block.causal, scale=scale))
+        into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
+        if block.fresh:
+            into.copy_(out)
+            into_lse.copy_(lse)
+            continue
+        merged = torch.logaddexp(into_lse, lse)
+        into.mul_(torch.exp(into_lse - merged).unsqueeze(-1)).addcmul_(out, torch.exp(lse - merged).unsqueeze(-1))
+        into_lse.copy_(merged)
+
+
+def backward_block(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, grads: Gradients, ratio_TH: Tensor
+) -> None:
+    """Add one block's share of the gradients. ratio_TH: `stand_in_ratio`."""
+    (_, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], grads.dq.dtype
+    dq_THD = grads.dq[:-1].view(q_THD.shape)
+    for views in _block_views(block, num_heads, num_kv_heads, dim):
+        q, dout = (views.of_queries(x).to(acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
+        k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+        stand_in = dout * views.of_queries(ratio_TH).transpose(1, 2).unsqueeze(-1)
+        lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
+        dq, dk, dv = _backward(dout, q, k, v, stand_in, lse, 0.0, block.causal, scale=scale)
+        views.of_queries(dq_THD).add_(dq.transpose(1, 2))
+        views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
+        views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
+
+
+def _tiles(x: Tensor, rows: Tensor, num_tiles: int, acc: torch.dtype) -> Tensor:
+    """[N,1,M,D]: the rows of a list, padded with its first row."""
+    return x.flatten(0, 1).index_select(0, rows).to(acc).view(num_tiles, 1, -1, x.shape[-1])
+
+
+def _chunk(x: Tensor, of: ChunkList, num_tiles: int, acc: torch.dtype) -> Tensor:
+    """[N,1,L,D]: the chunk's keys, the same memory for every tile."""
+    keys = x[of.first_key : of.first_key + of.num_keys, of.kv_head].to(acc)
+    return keys[None, None].expand(num_tiles, 1, -1, -1)
+
+
+def forward_list(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, sums: Sums) -> None:
+    """Merge what the rows of a list get from their chunk."""
+    acc, dim = sums.out.dtype, q_THD.shape[2]
+    for real, padded in of.pieces(LIST_ELEMENTS // dim):
+        num_tiles = len(padded) // of.tile_rows
+        q = _tiles(q_THD, padded, num_tiles, acc)
+        out, lse = _forward(q, *(_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD)), 0.0, False, scale=scale)
+        # With one head the kernel's [N,M,1,D] is [N,1,M,D] as it lies.
+        sums.merge_(real, out.reshape(-1, dim)[: len(real)], lse.reshape(-1)[: len(real)])
+
+
+def backward_list(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, grads: Gradients, ratio_TH: Tensor
+) -> None:
+    """Add what the rows of a list and their chunk give each other. ratio_TH: `stand_in_ratio`."""
+    acc, dim = grads.dq.dtype, q_THD.shape[2]
+    keys = slice(of.first_key, of.first_key + of.num_keys)
+    for real, padded in of.pieces(LIST_ELEMENTS // dim):
+        num_tiles = len(padded) // of.tile_rows
+        q, dout = (_tiles(x, padded, num_tiles, acc) for x in (q_THD, grads.dout_THD))
+        dout.view(-1, dim)[len(real) :] = 0  # padding gives nothing
+        stand_in = dout * ratio_TH.flatten().index_select(0, padded).view(num_tiles, 1, -1, 1)
+        lse = grads.lse_TH.flatten().index_select(0, padded).view(num_tiles, 1, -1)
+        k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
+        dq, dk, dv = _backward(dout, q, k, v, stand_in, lse, 0.0, False, scale=scale)
+        grads.dq.index_add_(0, real, dq.reshape(-1, dim)[: len(real)])
+        grads.dk_SKD[keys, of.kv_head] += dk.sum((0, 1))
+        grads.dv_SKD[keys, of.kv_head] += dv.sum((0, 1))

@@ -1,0 +1,53 @@
+"""What a pass of the torch backend accumulates into, in fp32 (fp64 for fp64 inputs).
+
+Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, R = T*H
+query rows (row id = query * H + head); row R is a spare one that padding writes to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """out [R+1,Dv], 0 where nothing was merged yet, and lse [R+1], -inf there."""
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def nothing(cls, num_rows: int, value_dim: int, like: Tensor, dtype: torch.dtype) -> Sums:
+        return cls(
+            like.new_zeros((num_rows + 1, value_dim), dtype=dtype),
+            like.new_full((num_rows + 1,), -torch.inf, dtype=dtype),
+        )
+
+    def merge_(self, rows: Tensor, out: Tensor, lse: Tensor, *, fresh: bool = False) -> None:
+        """Fold in partial results of `rows`, each once, the spare row aside (formula: merge.py). Spoils `out`."""
+        if not fresh:
+            old = self.lse.index_select(0, rows)
+            merged = torch.logaddexp(old, lse)
+            base = torch.where(merged == -torch.inf, 0.0, merged)
+            out.mul_(torch.exp(lse - base).unsqueeze(-1))
+            out.addcmul_(self.out.index_select(0, rows), torch.exp(old - base).unsqueeze(-1))
+            lse = merged
+        self.out.index_copy_(0, rows, out)
+        self.lse.index_copy_(0, rows, lse)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass reads, and dq [R+1,D], dk [S,K,D], dv [S,K,Dv], 0 at first."""
+
+    dout_THD: Tensor
+    """[T,H,Dv] in the inputs' dtype."""
+    lse_TH: Tensor
+    """The global lse; 0 where a row has no key at all, which keeps its (masked) weights finite."""
+    delta_TH: Tensor
+    dq: Tensor
+    dk_SKD: Tensor
+    dv_SKD: Tensor
