@@ -18,9 +18,10 @@ from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
 from .errors import bad_argument
 from .pack import Pack, pack_of
+from .ranges import row_dot
 from .report import AttendResult, ExecutionReport, PairTally, Partial
 from .routing import Routing
-from .spec import AttentionSpec, MoBA
+from .spec import AttentionSpec, Full, MoBA
 
 
 def pool_sums(
@@ -229,7 +230,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> Any:
         refuse_second_derivative("attend")
         q, k, v, out, lse = ctx.saved_tensors
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        delta = row_dot(dout, out, lse.dtype)
         return *ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call), None, None, None
 
 
@@ -264,9 +265,13 @@ def attend(
     check_spec(spec)
     check_qkv(q, k, v)
     pack = pack_of(cu_seqlens, q.shape[0])
+    computed: AttentionSpec = spec
     if isinstance(spec, MoBA) and routing is None:
-        routing = route(q, k, spec, cu_seqlens=pack, backend=backend)
-    call, serve = _prepare(q, k, v, spec, pack, None, None, routing, softmax_scale, backend, q.dtype)
+        if return_routing or pack.segments(spec, complete=True).any_picks:
+            routing = route(q, k, spec, cu_seqlens=pack, backend=backend)
+        else:  # topk chunks cover every document: there is nothing to choose
+            computed = Full()
+    call, serve = _prepare(q, k, v, computed, pack, None, None, routing, softmax_scale, backend, q.dtype)
     tally = PairTally()
     out, lse = _Attend.apply(q, k, v, call, serve, tally)  # type: ignore[no-untyped-call]
     planned = pack.planned_pairs(spec) * q.shape[1]

@@ -35,6 +35,7 @@ from moba_kernels.checks import check_routing
 from moba_kernels.derivative import refuse_second_derivative
 from moba_kernels.dispatch import resolve
 from moba_kernels.pack import planned_pairs_of_lengths
+from moba_kernels.ranges import row_dot
 
 from .all_gather import AllGather
 from .pooled_keys import route_context
@@ -141,7 +142,7 @@ class _ContextAttend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("context_attend")
         q, k, v, out, lse = ctx.saved_tensors
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        delta = row_dot(dout, out, lse.dtype)
         dq, dk, dv = ctx.transport.backward(dout, q, k, v, lse, delta, ctx.call)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 

@@ -162,7 +162,7 @@ def test_lists_hold_every_pick_once_with_rows_ascending(select):
 
 
 def test_tiles_are_a_quarter_of_the_average_list_within_limits():
-    assert tile_rows_of(6144 * 128, 128) == 1024
+    assert tile_rows_of(6144 * 128, 128) == 768
     assert tile_rows_of(1000, 10) == 32
     assert tile_rows_of(3, 10) == 16
 

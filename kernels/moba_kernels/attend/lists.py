@@ -20,7 +20,10 @@ from ..routing import Routing
 
 # Entries sorted at a time: 8 MB of keys, 16 MB of order, and as much again inside the sort.
 RANGE_ENTRIES = 1 << 21
-MAX_TILE_ROWS = 1024
+# The built-in kernel takes 256 rows at a time in tiles of LONG_TILE rows and more, a quarter of that below; on lists
+# that average LONG_LIST rows this outweighs the padding.
+LONG_TILE, LONG_LIST = 768, 1024
+MAX_TILE_ROWS = 512
 MIN_TILE_ROWS = 16
 
 
@@ -49,12 +52,14 @@ class ChunkList:
 
 
 def tile_rows_of(num_entries: int, num_lists: int) -> int:
-    """Rows of a tile: a power of two near a quarter of the average list.
+    """Rows of a tile: LONG_TILE for long lists, else a power of two near a quarter of the average list.
 
     Fixed by sizes known beforehand, never by the picks: a row's tile must not depend on what later rows picked.
     """
-    quarter = max(1, num_entries // max(1, 4 * num_lists))
-    return min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << (quarter - 1).bit_length()))
+    average = num_entries // max(1, num_lists)
+    if average >= LONG_LIST:
+        return LONG_TILE
+    return min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << (max(1, average // 4) - 1).bit_length()))
 
 
 def chunk_lists(

@@ -1,6 +1,6 @@
 """The gate in bounded ranges: blocks of queries against the window of chunks that any of them may pick.
 
-A block is BLOCK_Q consecutive queries at hand; its window runs from the first chunk of its first query's document to
+A block is some consecutive queries at hand; its window runs from the first chunk of its first query's document to
 the last query's own chunk. Blocks are batched while the padded scores stay within SCRATCH_ELEMENTS, so nothing of size
 [T,C,H] exists and short documents never meet each other's chunks.
 
@@ -15,6 +15,7 @@ batch, Q queries of a block, W chunks of a window, P picks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from ..pack import IntArray, Pack
 from ..routing import Routing, stored_picks
 from ..spec import MoBA
 
-BLOCK_Q = 128
-# Scores of one batch (fp64 and int64 copies: 16 MB each).
+# Queries of a block where windows are narrow, and scores of one batch (8 MB in fp64, 8 MB more as integers): near the
+# cores, and bounded however many chunks and heads there are.
+MAX_BLOCK_Q = 128
 SCRATCH_ELEMENTS = 1 << 20
 NO_CANDIDATE = -(2**63)
 
@@ -40,72 +42,89 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
         geometry = pack.chunks(spec.chunk_size).tensors(q_THD.device)
         own_T = geometry.chunk_of_token_T if q_positions is None else geometry.chunk_of_token_T[q_positions]
         first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
-        low_B, high_B = _windows(own_T, first_T)
-        for begin, end, width in _batches(low_B, high_B, BLOCK_Q * routed):
-            rows = slice(begin * BLOCK_Q, min(end * BLOCK_Q, num_queries))
-            low_N = torch.from_numpy(low_B[begin:end]).to(q_THD.device)
-            picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], low_N, width, kept)
+        own, first = own_T.cpu().numpy(), first_T.cpu().numpy()  # one host read off the CPU
+        for batch in _batches(own, first, routed):
+            rows = slice(batch.begin, batch.begin + len(batch.low_N) * batch.block_q)
+            picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], batch, kept)
     return Routing(picks, spec, pack, q_positions, complete=True)
 
 
-def _windows(own_T: Tensor, first_T: Tensor) -> tuple[IntArray, IntArray]:
-    """Per block: the first chunk that a query of it may pick, and one past the last. One host read off the CPU."""
-    first, own = first_T.cpu().numpy(), own_T.cpu().numpy()
-    return first[::BLOCK_Q].copy(), own[
-        np.minimum(np.arange(BLOCK_Q - 1, len(own) + BLOCK_Q - 1, BLOCK_Q), len(own) - 1)
-    ]
+@dataclass(frozen=True)
+class Batch:
+    """Blocks of block_q consecutive queries each, from query `begin` on."""
+
+    begin: int
+    block_q: int
+    low_N: IntArray
+    """[N]: the first chunk that a query of the block may pick."""
+    width: int
+    """Chunks from low on that any query of any block may pick."""
 
 
-def _batches(low_B: IntArray, high_B: IntArray, rows_of_block: int) -> Iterator[tuple[int, int, int]]:
-    """(first block, one past the last, window width) of batches whose padded scores fit the scratch."""
-    widths = (high_B - low_B).tolist()
+def _batches(own: IntArray, first: IntArray, routed: int) -> Iterator[Batch]:
+    """Batches whose padded scores fit the scratch. Blocks without a candidate are left out."""
+    widest = int((own - first).max())
+    block_q = min(MAX_BLOCK_Q, max(1, SCRATCH_ELEMENTS // max(1, routed * widest)))
+    starts = np.arange(0, len(own), block_q)
+    low = first[starts]
+    # Own chunks ascend, so a block's last query sees furthest.
+    widths = (own[np.minimum(starts + block_q, len(own)) - 1] - low).tolist()
+    whole = len(own) // block_q
     begin = 0
     while begin < len(widths):
         end, width = begin, 0
         while end < len(widths):
             wider = max(width, widths[end])
-            if end > begin and (end + 1 - begin) * wider * rows_of_block > SCRATCH_ELEMENTS:
+            short = end == whole  # the last block, if it is a short one, comes alone
+            if end > begin and (short or (end + 1 - begin) * wider * routed * block_q > SCRATCH_ELEMENTS):
                 break
             width, end = wider, end + 1
         if width:
-            yield begin, end, width
+            size = block_q if begin < whole else len(own) - begin * block_q
+            yield Batch(begin * block_q, size, low[begin:end], width)
         begin = end
 
 
 def _pick(
-    q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, own_T: Tensor, first_T: Tensor, low_N: Tensor, width: int, kept: int
+    q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, own_T: Tensor, first_T: Tensor, batch: Batch, kept: int
 ) -> Tensor:
-    """[T,R,P] picks of one batch of blocks (its last block may be short)."""
-    num_queries, num_heads, dim = q_THD.shape
-    num_chunks, num_kv_heads, _ = mean_CKD.shape
-    num_blocks, heads_of_kv = low_N.numel(), num_heads // num_kv_heads
-    padding = num_blocks * BLOCK_Q - num_queries
-    queries = q_THD.double().view(num_queries, num_kv_heads, heads_of_kv, dim)
-    if spec.select == "group":
-        queries = queries.sum(2, keepdim=True)
-    queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, 0, padding))
-    rows_of_kv = queries.shape[2]
-    lhs = queries.view(num_blocks, BLOCK_Q, num_kv_heads, rows_of_kv, dim).permute(0, 2, 1, 3, 4)
-    window_NW = low_N[:, None] + torch.arange(width, device=low_N.device)
-    means = mean_CKD[window_NW.clamp_max(num_chunks - 1)].double()  # [N,W,K,D]
-    scores = torch.bmm(
-        lhs.reshape(num_blocks * num_kv_heads, BLOCK_Q * rows_of_kv, dim),
-        means.permute(0, 2, 3, 1).reshape(num_blocks * num_kv_heads, dim, width),
-    )
-    scores = scores.float().view(num_blocks, num_kv_heads, BLOCK_Q, rows_of_kv, width)
-    window_NQW = window_NW[:, None]
-    own_NQ1 = torch.nn.functional.pad(own_T, (0, padding)).view(num_blocks, BLOCK_Q, 1)
-    first_NQ1 = torch.nn.functional.pad(first_T, (0, padding)).view(num_blocks, BLOCK_Q, 1)
-    candidate_NQW = (window_NQW >= first_NQ1) & (window_NQW < own_NQ1)
-    keys = torch.where(candidate_NQW[:, None, :, None], sortable(scores, width), NO_CANDIDATE)
+    """[T,R,P] picks of one batch."""
+    num_blocks, block_q, width = len(batch.low_N), batch.block_q, batch.width
+    scores = _scores(q_THD, mean_CKD, spec, batch)
+    low_N = torch.from_numpy(batch.low_N).to(q_THD.device)
+    window_N1W = (low_N[:, None] + torch.arange(width, device=low_N.device))[:, None]
+    own_NQ1, first_NQ1 = (x.view(num_blocks, block_q, 1) for x in (own_T, first_T))
+    outside_NQW = (window_N1W < first_NQ1) | (window_N1W >= own_NQ1)
+    keys = sortable_(scores, width).masked_fill_(outside_NQW[:, :, None], NO_CANDIDATE)
     best, index = keys.topk(min(kept, width), dim=-1)
-    picks = torch.where(best == NO_CANDIDATE, -1, index + low_N.view(-1, 1, 1, 1, 1))
+    picks = torch.where(best == NO_CANDIDATE, -1, index.add_(low_N.view(-1, 1, 1, 1)))
     picks = torch.nn.functional.pad(picks, (0, kept - picks.shape[-1]), value=-1)
-    return picks.permute(0, 2, 1, 3, 4).reshape(num_blocks * BLOCK_Q, -1, kept)[:num_queries].to(torch.int32)
+    return picks.permute(1, 2, 0, 3, 4).reshape(num_blocks * block_q, -1, kept).to(torch.int32)
 
 
-def sortable(scores: Tensor, width: int) -> Tensor:
-    """fp32 scores [..., width] as distinct int64: ordered by score, then by index along the last dim."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE order as signed integers
-    return (ordered.long() << 32) | torch.arange(width, device=scores.device)
+def _scores(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, batch: Batch) -> Tensor:
+    """fp32 [K,N,Q,R/K,W], contiguous: products in fp64, rounded once."""
+    num_chunks, num_kv_heads, dim = mean_CKD.shape
+    num_blocks, width = len(batch.low_N), batch.width
+    queries = q_THD.reshape(num_blocks, batch.block_q, num_kv_heads, -1, dim)
+    if spec.select == "group":
+        queries = queries.sum(3, keepdim=True, dtype=torch.float64)
+    lhs = queries.new_empty((num_kv_heads, *queries.shape[:2], *queries.shape[3:]), dtype=torch.float64)
+    lhs.copy_(queries.permute(2, 0, 1, 3, 4))
+    low = int(batch.low_N[0])
+    if (batch.low_N == low).all():  # one document: all blocks share one window
+        scores = torch.bmm(lhs.view(num_kv_heads, -1, dim), mean_CKD[low : low + width].double().permute(1, 2, 0))
+    else:
+        window_NW = torch.from_numpy(batch.low_N[:, None] + np.arange(width)).clamp_max(num_chunks - 1)
+        means_KNDW = mean_CKD[window_NW.to(mean_CKD.device)].double().permute(2, 0, 3, 1)
+        scores = torch.bmm(
+            lhs.view(num_kv_heads * num_blocks, -1, dim), means_KNDW.reshape(num_kv_heads * num_blocks, dim, width)
+        )
+    return scores.float().view(*lhs.shape[:-1], width)
+
+
+def sortable_(scores: Tensor, width: int) -> Tensor:
+    """fp32 scores [..., width] as distinct int64: ordered by score, then by index along the last dim. Spoils scores."""
+    bits = scores.add_(0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # IEEE order as signed integers
+    return bits.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(width, device=scores.device))
