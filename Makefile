@@ -35,11 +35,35 @@ setup: $(READY) ## Make .venv and install the project into it
 
 .PHONY: test
 test: $(READY) ## Run the test suite (CPU, many-rank tests included)
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
 
 .PHONY: test-slow
 test-slow: $(READY) ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+
+.PHONY: parity
+parity: $(READY) ## The operator's whole parity grid against fp64 (about an hour on 2 cores)
+	@$(BIN)/python -m pytest -m "parity and not gpu" --timeout 14400
+
+.PHONY: aot
+aot: $(READY) ## Compile every Triton kernel for sm_80, sm_90 and sm_100; registers, spills, shared memory (no GPU needed)
+	@$(BIN)/python -m moba_kernels.aot
+
+.PHONY: bench
+bench: $(READY) ## Time the operator on this machine's CPU, after a parity gate; figures go to kernels/bench/results
+	@OMP_NUM_THREADS=$$(nproc) $(BIN)/python kernels/bench/attend_bench.py
+
+# On a GPU machine that is offline these run with the system's Python, which needs torch, triton and numpy, nothing else.
+GPU_PYTHON ?= python3
+
+.PHONY: gpu-test
+gpu-test: ## Check the operator on a GPU (no set-up; within 9 minutes)
+	@PYTHONPATH=kernels:. $(GPU_PYTHON) tests/gpu/run.py
+
+.PHONY: gpu-bench
+gpu-bench: ## Time the operator on a GPU (no set-up; within 9 minutes)
+	@PYTHONPATH=kernels $(GPU_PYTHON) kernels/bench/attend_bench.py --device cuda
 
 .PHONY: lint
 lint: $(READY) ## Ruff, the import rule, and mypy on the strict modules

@@ -94,7 +94,7 @@ class EngineConfig:
     """auto = cuda where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass; master weights and optimizer state are fp32."""
-    attention_backend: Literal["auto", "reference", "torch"] = "auto"
+    attention_backend: Literal["auto", "reference", "torch", "triton", "flash"] = "auto"
     """Backend of the attention operator (`moba_kernels`)."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute; full = every layer's forward runs again in the backward pass, with the same routing."""

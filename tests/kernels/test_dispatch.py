@@ -31,19 +31,39 @@ from moba_kernels import (
 from .inputs import make_qkv
 
 
-@pytest.mark.parametrize("backend", ["triton", "flash"])
-def test_a_backend_that_is_not_built_refuses_with_every_reason(backend):
-    q, k, v, _ = make_qkv([0, 16])
+def test_a_backend_that_cannot_serve_a_call_refuses_with_every_reason():
+    q, k, v, _ = make_qkv([0, 16])  # fp64, head dim 16, on the CPU
     for call in (
-        lambda: attend(q, k, v, MoBA(4, 2), backend=backend),
-        lambda: attend(q, k, v, Full(), backend=backend),
-        lambda: route(q, k, MoBA(4, 2), backend=backend),
+        lambda: attend(q, k, v, MoBA(4, 2), backend="triton"),
+        lambda: attend(q, k, v, Full(), backend="triton"),
+        lambda: route(q, k, MoBA(4, 2), backend="triton"),
     ):
-        with pytest.raises(BackendError, match="not part of this build") as caught:
+        with pytest.raises(BackendError, match="cannot serve") as caught:
             call()
-        assert caught.value.backend == backend and len(caught.value.reasons) == 2
-        assert "fix:" in str(caught.value)
+        assert caught.value.backend == "triton" and len(caught.value.reasons) == 3
+        assert all(word in str(caught.value) for word in ("CUDA", "float64", "16", "fix:"))
     assert pickle.loads(pickle.dumps(caught.value)).reasons == caught.value.reasons
+
+
+def test_a_missing_triton_is_named_with_an_install_hint(monkeypatch):
+    q, k, v, _ = make_qkv([0, 16], dtype=torch.float32)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(BackendError, match=r"cannot be imported(.|\n)*pip install 'moba-train\[triton\]'"):
+        attend(q, k, v, Full(), backend="triton")
+
+
+def test_importing_the_operator_imports_no_optional_package():
+    optional = "[x for x in ('triton', 'flash_attn') if x in sys.modules]"
+    program = f"import sys, moba_kernels; moba_kernels.attend; print({optional})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=_environment()
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_auto_is_torch_on_the_cpu():
+    q, k, v, _ = make_qkv([0, 16])
+    assert attend(q, k, v, Full()).report.backend == "torch"
 
 
 def test_an_unknown_backend_is_a_value_error_that_lists_the_known_ones():
@@ -62,6 +82,10 @@ def test_no_public_function_swallows_unknown_arguments():
     for function in functions:
         kinds = {p.kind for p in inspect.signature(function).parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, function
+
+
+def _environment():
+    return {**os.environ, "PYTHONPATH": str(Path(moba_kernels.__file__).parents[1])}
 
 
 def bad_calls():
@@ -177,12 +201,7 @@ def test_specs_need_no_torch_and_folders_never_hide_the_functions_of_their_name(
         f"import sys, {first}; print('torch' in sys.modules)\n"
         "import moba_kernels; print(callable(moba_kernels.attend), callable(moba_kernels.route))"
     )
-    root = Path(moba_kernels.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=_environment()
     )
     assert done.stdout.split() == [str(first != "moba_kernels.spec"), "True", "True"]
