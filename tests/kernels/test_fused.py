@@ -57,6 +57,32 @@ def test_parts_of_queries_and_keys_merge_to_the_whole(spec, cut):
 
 
 @pytest.mark.usefixtures("at_any_size")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2)])
+def test_a_kernel_without_grouped_query_attention_serves_one_head_of_a_group_at_a_time(heads, kv_heads, monkeypatch):
+    monkeypatch.setattr(fused, "groups_natively", lambda: False)
+    seen = []
+    real = fused._forward
+    monkeypatch.setattr(
+        fused,
+        "_forward",
+        lambda q, k, *rest, **named: (seen.append((q.shape[1], k.shape[1])), real(q, k, *rest, **named))[1],
+    )
+    for spec in (Full(), MoBA(8, 3)):
+        check_against_oracle([0, 11, 50], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
+    assert seen and all(q_heads == k_heads for q_heads, k_heads in seen)
+
+
+def test_the_kernel_is_asked_whether_it_groups_and_not_the_version(monkeypatch):
+    def without_groups(q, k, v, *rest):  # takes the memory behind a KV head for the next one
+        wide = k.as_strided((1, 2, 1, 1), (2, 1, 1, 1))
+        return wide.clone(), None
+
+    assert fused.groups_natively.__wrapped__() in (True, False)
+    monkeypatch.setattr(fused, "_forward", without_groups)
+    assert not fused.groups_natively.__wrapped__()
+
+
+@pytest.mark.usefixtures("at_any_size")
 def test_work_cut_into_small_pieces_is_the_same(monkeypatch):
     monkeypatch.setattr(fused, "LIST_ELEMENTS", 1)
     monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,16 +57,6 @@ def stand_in_ratio(dout_THD: Tensor, delta_TH: Tensor) -> Tensor:
     return ratio
 
 
-def _parts(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[tuple[Block, int, int]]:
-    """(some of the equal blocks, first KV head, one past the last) within BLOCK_ELEMENTS, one of one head at least."""
-    rows = max(block.num_queries * num_heads // num_kv_heads, block.num_keys)
-    heads = max(1, min(num_kv_heads, BLOCK_ELEMENTS // (rows * dim)))
-    count = max(1, BLOCK_ELEMENTS // (rows * dim * heads))
-    for begin in range(0, block.count, count):
-        for first in range(0, num_kv_heads, heads):
-            yield block.part(begin, min(block.count, begin + count)), first, min(num_kv_heads, first + heads)
-
-
 def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Tensor:
     """[B, length, heads, ...] of x [tokens, heads, ...]: item i begins at token first + i * stride. A view."""
     x = x[first:, heads]
@@ -75,6 +66,8 @@ def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Ten
 
 @dataclass(frozen=True)
 class _BlockViews:
+    """Some of the equal blocks, under some KV heads and all query heads of their groups, or one of each."""
+
     block: Block
     q_heads: slice
     kv_heads: slice
@@ -86,10 +79,33 @@ class _BlockViews:
         return _view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
 
 
+@cache
+def groups_natively() -> bool:
+    """Does the kernel of this PyTorch serve several query heads by one KV head?
+
+    Older ones do not, and without a word take the memory behind a KV head for the next one. Asked of the kernel itself,
+    with memory of known contents there.
+    """
+    keys_BHLD = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    out, _ = _forward(torch.ones(1, 2, 1, 1), keys_BHLD[:, :1], keys_BHLD[:, :1], 0.0, False)
+    return bool((out == 0).all())
+
+
 def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[_BlockViews]:
+    """A block in parts within BLOCK_ELEMENTS, one of one KV head at least."""
     group = num_heads // num_kv_heads
-    for part, first, stop in _parts(block, num_heads, num_kv_heads, dim):
-        yield _BlockViews(part, slice(first * group, stop * group), slice(first, stop))
+    together = group if groups_natively() else 1
+    size = max(block.num_queries * together, block.num_keys) * dim
+    heads = max(1, min(num_kv_heads, BLOCK_ELEMENTS // size))
+    count = max(1, BLOCK_ELEMENTS // (size * heads))
+    for begin in range(0, block.count, count):
+        part = block.part(begin, min(block.count, begin + count))
+        for first in range(0, num_kv_heads, heads):
+            stop = min(num_kv_heads, first + heads)
+            for member in range(0, group, together):
+                yield _BlockViews(
+                    part, slice(first * group + member, stop * group, group // together), slice(first, stop)
+                )
 
 
 def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, sums: Sums) -> None:
