@@ -52,18 +52,18 @@ aot: $(READY) ## Compile every Triton kernel for sm_80, sm_90 and sm_100; regist
 
 .PHONY: bench
 bench: $(READY) ## Time the operator on this machine's CPU, after a parity gate; figures go to kernels/bench/results
-	@OMP_NUM_THREADS=$$(nproc) $(BIN)/python kernels/bench/attend_bench.py
+	@$(BIN)/python kernels/bench/attend_bench.py $(ARGS)
 
 # On a GPU machine that is offline these run with the system's Python, which needs torch, triton and numpy, nothing else.
 GPU_PYTHON ?= python3
 
 .PHONY: gpu-test
 gpu-test: ## Check the operator on a GPU (no set-up; within 9 minutes)
-	@PYTHONPATH=kernels:. $(GPU_PYTHON) tests/gpu/run.py
+	@$(GPU_PYTHON) tests/gpu/run.py $(ARGS)
 
 .PHONY: gpu-bench
 gpu-bench: ## Time the operator on a GPU (no set-up; within 9 minutes)
-	@PYTHONPATH=kernels $(GPU_PYTHON) kernels/bench/attend_bench.py --device cuda
+	@$(GPU_PYTHON) kernels/bench/attend_bench.py --device cuda $(ARGS)
 
 .PHONY: lint
 lint: $(READY) ## Ruff, the import rule, and mypy on the strict modules
