@@ -13,10 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATOR = ROOT / "kernels/moba_kernels/README.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def shell_lines() -> list[list[str]]:
@@ -48,10 +49,12 @@ def test_the_readme_names_only_make_targets_that_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_links_and_pictures_of_the_readme_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_links_and_pictures_of_the_readmes_exist() -> None:
+    for page in (ROOT / "README.md", OPERATOR):
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        links = [link for link in links if "://" not in link]
+        assert links
+        assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.timeout(900)
@@ -70,3 +73,9 @@ def test_the_commands_of_the_readme_run_as_written(workspace: tuple[Path, dict[s
 def test_the_python_of_the_readme_runs_as_written(workspace: tuple[Path, dict[str, str]]) -> None:
     (block,) = blocks("python")
     assert run([sys.executable, "-c", block], workspace).startswith("torch.Size([1000, 8, 64])")
+
+
+def test_the_python_of_the_operators_readme_runs_as_written(workspace: tuple[Path, dict[str, str]]) -> None:
+    (block,) = blocks("python", OPERATOR.read_text(encoding="utf-8"))
+    printed = run([sys.executable, "-c", block], workspace)
+    assert printed.split("\n")[:2] == ["torch.Size([1000, 8])", "torch.Size([1000, 8, 3])"]
