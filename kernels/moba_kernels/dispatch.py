@@ -36,7 +36,7 @@ class RouteMeans(Protocol):
 
 class AttendForward(Protocol):
     def __call__(
-        self, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, tally: PairTally | None
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, tally: PairTally | None, /
     ) -> Partial: ...
 
 
@@ -50,6 +50,7 @@ class AttendBackward(Protocol):
         lse_TH: Tensor,
         delta_TH: Tensor,
         call: AttendCall,
+        /,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

@@ -1,0 +1,108 @@
+"""PyTorch's built-in flash kernels. Both return the log-sum-exp; neither needs an installation.
+
+Shape letters: N query rows, M key rows, H query heads, K key/value heads, W head dim as padded, L rows of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from .flash_lists import Lists
+
+
+class CpuKernels:
+    """aten::_scaled_dot_product_flash_attention_for_cpu: fp32 and fp64, GQA, any head dim.
+
+    It knows no lists: neighbours of equal lengths go together as a batch, each other list is a call of its own. bf16
+    and fp16 are computed in fp32, which is faster on a CPU and exact enough to publish fp32 partials.
+    """
+
+    width_multiple = 1
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        for rows, keys, count in _equal_runs(lists):
+            batch = (_batch(q[rows], count), _batch(k[keys], count), _batch(v[keys], count))
+            out_BHLW, lse_BHL = kernel(*batch, 0.0, lists.causal, scale=scale)
+            out[rows] = out_BHLW.transpose(1, 2).flatten(0, 1)
+            lse[rows] = lse_BHL.transpose(1, 2).flatten(0, 1)
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        for rows, keys, count in _equal_runs(lists):
+            of_rows = [_batch(x[rows], count) for x in (dout, q, out)]
+            of_keys = [_batch(x[keys], count) for x in (k, v)]
+            lse_BHL = _batch(lse[rows].unsqueeze(-1), count).squeeze(-1)
+            grads = kernel(of_rows[0], of_rows[1], *of_keys, of_rows[2], lse_BHL, 0.0, lists.causal, scale=scale)
+            for whole, at, part in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
+                whole[at] = part.transpose(1, 2).flatten(0, 1)
+        return dq, dk, dv
+
+
+def _equal_runs(lists: Lists) -> Iterator[tuple[slice, slice, int]]:
+    """(rows, keys, number of lists) of neighbours with equal lengths."""
+    lengths = np.stack((lists.q_lengths, lists.k_lengths), 1)
+    first = np.flatnonzero(np.append(True, (np.diff(lengths, axis=0) != 0).any(1)))
+    for begin, end in zip(first, np.append(first[1:], len(lengths)), strict=True):
+        q_edges, k_edges = lists.q_edges, lists.k_edges
+        rows, keys = (slice(int(x[begin]), int(x[end])) for x in (q_edges, k_edges))
+        yield rows, keys, int(end - begin)
+
+
+def _batch(x_NHW: Tensor, count: int) -> Tensor:
+    """[count * L, H, W] -> [count, H, L, W], a view."""
+    return x_NHW.view(count, -1, *x_NHW.shape[1:]).transpose(1, 2)
+
+
+class CudaKernels:
+    """aten::_flash_attention_forward and _backward: FlashAttention-2 with lists, bf16 and fp16, W <= 256.
+
+    dQ is added up by atomics, in an order that varies, unless torch.use_deterministic_algorithms(True) is on.
+    """
+
+    width_multiple = 8
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
+        results = torch.ops.aten._flash_attention_forward(
+            q, k, v, *device_lists(lists, q.device), 0.0, lists.causal, False, scale=scale
+        )
+        if results[1].shape != (q.shape[1], q.shape[0]):
+            reason = f"this PyTorch ({torch.__version__}) pads the log-sum-exp of lists"
+            raise BackendError("flash", [reason], "take a newer PyTorch, install flash-attn, or use another backend")
+        return results[0], results[1].transpose(0, 1)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        lse_HN = lse.transpose(0, 1).contiguous()
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse_HN, *device_lists(lists, q.device), 0.0, lists.causal, *no_dropout, scale=scale
+        )
+        return dq, dk, dv
+
+
+def device_lists(lists: Lists, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) as FlashAttention-2 takes them.
+
+    The longest list is said to have two queries at least: for one, the kernel folds the heads of a group into the
+    queries, and its log-sum-exp comes back in another order.
+    """
+    q_edges, k_edges = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (lists.q_edges, lists.k_edges))
+    return q_edges, k_edges, max(2, int(lists.q_lengths.max())), int(lists.k_lengths.max())

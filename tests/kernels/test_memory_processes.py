@@ -1,0 +1,137 @@
+"""Peak memory in fresh processes: beyond inputs and results it is bounded, falls with density, and remembers nothing.
+
+A sparse interface that quietly ran dense was once found by its memory alone: its peak did not fall with density. So
+every measurement is a process of its own, and says how many pairs were computed.
+
+    python -m tests.kernels.test_memory_processes torch 16384 512x4 full     # as the tests call it
+
+Shape letters: T tokens, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_kernels import Full, MoBA, Pack, attend
+from moba_kernels.attend import flash
+from moba_kernels.attend import torch as torch_backend
+
+TOKENS, HEADS, KV_HEADS, DIM = 16384, 4, 2, 64
+MIB = 1 << 20
+# What a call may take beyond inputs and results, as each backend documents it.
+SCRATCH = {"torch": torch_backend.SCRATCH_BYTES, "flash": flash.SCRATCH_BYTES}
+# From dense to sparse.
+DENSITIES = ["full", "512x16", "512x4", "512x1"]
+
+
+def spec_of(name: str) -> Full | MoBA:
+    """ "full", or chunk_size x topk."""
+    return Full() if name == "full" else MoBA(*(int(x) for x in name.split("x")))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forward_backward(tokens: int, name: str, backend: str) -> dict[str, float]:
+    """One attention with gradients; its density and the peak beyond inputs and results, in bytes."""
+    pack, spec = Pack([0, tokens]), spec_of(name)
+    q, dout = (torch.randn(tokens, HEADS, DIM) for _ in range(2))
+    k, v = (torch.randn(tokens, KV_HEADS, DIM) for _ in range(2))
+    results = [torch.ones_like(x) for x in (q, q[..., 0], q, k, v)]  # out, lse, dq, dk, dv
+    before = peak_bytes()
+    del results
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    result = attend(*leaves, spec, cu_seqlens=pack, backend=backend)
+    torch.autograd.grad(result.out, leaves, dout)
+    result.report.raise_if_different()
+    return {"density": pack.density(spec), "bytes": peak_bytes() - before}
+
+
+def main(backend: str, tokens: str, *names: str) -> None:
+    torch.manual_seed(0)
+    for name in ("full", "16x4"):
+        forward_backward(64, name, backend)  # libraries load, threads start
+    for name in names:
+        print(json.dumps(forward_backward(int(tokens), name, backend)), flush=True)
+
+
+def measure(backend: str, *names: str, tokens: int = TOKENS) -> list[dict[str, float]]:
+    """What a fresh process finds for these densities, one after the other."""
+    root = Path(__file__).parents[2]
+    # Freed memory goes back at once, so that a peak is what lives at one time and not how the heap is laid out.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.test_memory_processes", backend, str(tokens), *names]
+    environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@dataclass(frozen=True)
+class Measured:
+    alone: dict[str, dict[str, float]]
+    """By density, each in a process of its own."""
+    both: dict[tuple[str, str], float]
+    """The peak of two densities in one process, in this order."""
+
+
+@pytest.fixture(scope="module", params=["torch", "flash"])
+def measured(request) -> tuple[str, Measured]:
+    """All measurements of a backend, two processes at a time. A pair's first entry is that density alone."""
+    pairs = [(DENSITIES[0], DENSITIES[-1]), (DENSITIES[-1], DENSITIES[0])]
+    runs = [*pairs, *((name,) for name in DENSITIES[1:-1])]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(runs, pool.map(lambda names: measure(request.param, *names), runs), strict=True))
+    alone = {names[0]: lines[0] for names, lines in found.items()}
+    both = {names: sum(line["bytes"] for line in found[names]) for names in pairs}
+    return request.param, Measured(alone, both)
+
+
+@pytest.mark.timeout(900)
+def test_memory_stays_under_the_documented_scratch_at_every_density(measured):
+    backend, found = measured
+    for name in DENSITIES:
+        assert found.alone[name]["bytes"] <= SCRATCH[backend], f"{name}: {found.alone[name]['bytes'] / MIB:.1f} MiB"
+
+
+@pytest.mark.timeout(900)
+def test_memory_falls_with_the_density_of_moba(measured):
+    _, found = measured
+    sparse = [found.alone[name] for name in DENSITIES[1:]]
+    assert [x["density"] for x in sparse] == sorted((x["density"] for x in sparse), reverse=True)
+    for denser, sparser in pairwise(sparse):
+        assert sparser["bytes"] <= denser["bytes"] + MIB
+    assert sparse[-1]["bytes"] < 0.8 * sparse[0]["bytes"]
+
+
+@pytest.mark.timeout(900)
+def test_the_order_of_running_does_not_matter(measured):
+    _, found = measured
+    one_way, other_way = found.both.values()
+    assert abs(one_way - other_way) <= 4 * MIB, f"{one_way / MIB:.1f} and {other_way / MIB:.1f} MiB"
+    # Nor does a run leave anything behind: the second adds nothing to what the hungrier of the two takes alone.
+    hungrier = max(found.alone[name]["bytes"] for name in (DENSITIES[0], DENSITIES[-1]))
+    assert max(one_way, other_way) <= hungrier + 4 * MIB
+
+
+def test_the_meter_sees_a_dense_score_matrix():
+    """What the tests guard against must show: the reference makes [T,T] tensors."""
+    (line,) = measure("reference", "512x4", tokens=2048)
+    assert line["bytes"] >= 3 * 2048**2 * 8
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
