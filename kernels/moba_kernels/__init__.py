@@ -1,7 +1,7 @@
 """moba_kernels: causal attention over packed rows, full or MoBA (arXiv 2502.13189), and its partial forms.
 
 Depends on torch and numpy only. `attend` is the operator; `pool_sums`, `route_means`, `attend_partial`,
-`attend_partial_backward` and `merge_partials` are what context parallelism is made of.
+`attend_partial_backward` and `merge_partials` are what context parallelism is made of; `key_conv` convolves keys.
 
 The specs are at hand at once; everything else is imported on first use (PEP 562), so that a program which only reasons
 about plans (`moba-train plan`) does not wait for torch.
@@ -16,6 +16,7 @@ from .errors import BackendError
 from .spec import AttentionSpec, Full, MoBA
 
 if TYPE_CHECKING:
+    from .key_conv import key_conv
     from .merge import merge_partials
     from .ops import (
         attend,
@@ -44,6 +45,7 @@ _HOME = MappingProxyType(
         "attend": "ops",
         "attend_partial": "ops",
         "attend_partial_backward": "ops",
+        "key_conv": "key_conv",
         "mean_keys": "ops",
         "merge_partials": "merge",
         "moba_attn_varlen": "ops",
@@ -93,6 +95,7 @@ __all__ = [
     "attend",
     "attend_partial",
     "attend_partial_backward",
+    "key_conv",
     "mean_keys",
     "merge_partials",
     "moba_attn_varlen",

@@ -8,7 +8,6 @@ Legend: S tokens of this rank's shard, H query heads, K key/value heads (both of
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import moba_kernels
@@ -123,11 +122,9 @@ class ContextCoreAttention(MegatronModule):
         num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         layout = context.layout if num_ranks > 1 else "contiguous"  # one rank holds one piece, however it is named
         halos = key_halo(key_SKD, key_conv.width - 1, num_tokens=num_tokens, layout=layout, group=group)
-        pieces = shard_pieces(num_tokens, num_ranks, rank, layout)
-        parts = key_SKD.split([stop - start for start, stop in pieces])
-        extended = [torch.cat([halo, part]) for halo, part in zip(halos, parts, strict=True)]
+        lengths = [stop - start for start, stop in shard_pieces(num_tokens, num_ranks, rank, layout)]
         assert context.document_offset_S is not None
-        return key_conv(key_SKD, extended, context.document_offset_S)
+        return key_conv(key_SKD, halos, lengths, context.document_offset_S)
 
 
 __all__ = ["ContextCoreAttention"]

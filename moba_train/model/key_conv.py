@@ -1,11 +1,11 @@
-"""Key convolution (FlashMoBA, arXiv 2511.11571): k + SiLU(depthwise causal convolution of k), before RoPE.
+"""The parameter of the key convolution (FlashMoBA, arXiv 2511.11571); the operation is `moba_kernels.key_conv`.
 
 It clusters related tokens' keys inside a chunk, which is what a mean over the chunk can be found by. Width 3 or 5, one
 filter per channel. A tap never reaches before the start of the token's document; under context parallelism the
 W - 1 tokens before each piece of the shard come from their owner (`moba_train.parallel.halo`), and their gradient goes
 back.
 
-Legend: S tokens at hand, K key/value heads on this tensor-parallel rank, D head dimension, W width.
+Legend: S tokens at hand, K key/value heads on this tensor-parallel rank, D head dimension, W width, P pieces.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import moba_kernels
 from moba_train.quiet import quiet_imports
 
 with quiet_imports():
@@ -46,23 +47,18 @@ class KeyConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_kv_heads, head_dim, width, dtype=dtype))
         self._tp_group = tp_group
 
-    def forward(self, k_SKD: Tensor, extended: Sequence[Tensor], document_offset_S: Tensor) -> Tensor:
+    def forward(self, k_SKD: Tensor, halos: Tensor, piece_lengths: Sequence[int], document_offset_S: Tensor) -> Tensor:
         """Keys after the convolution, [S,K,D], in the dtype of k_SKD; computed in fp32.
 
         Args:
             k_SKD: this rank's keys.
-            extended: each piece of the shard with the W - 1 tokens before it in front: [W - 1 + S_piece, K, D].
+            halos: [P,W-1,K,D], the W - 1 tokens before each piece of the shard (`moba_train.parallel.halo`).
+            piece_lengths: tokens of each piece.
             document_offset_S: int64 [S], tokens of the same document before each token.
         """
-        filters = self.weight.float()
-        lags = range(self.width - 1, 0, -1)
-        keys = k_SKD.float()
-        summed = keys * filters[:, :, -1]
-        for lag in lags:
-            before = torch.cat([piece[self.width - 1 - lag : piece.shape[0] - lag] for piece in extended]).float()
-            inside = (document_offset_S >= lag)[:, None, None]
-            summed = summed + torch.where(inside, before, 0.0) * filters[:, :, self.width - 1 - lag]
-        return (keys + nn.functional.silu(summed)).to(k_SKD.dtype)
+        return moba_kernels.key_conv(
+            k_SKD, self.weight, document_offset=document_offset_S, halos=halos, piece_lengths=piece_lengths
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[object, ...] = (), metadata: dict[str, object] | None = None

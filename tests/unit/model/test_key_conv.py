@@ -18,8 +18,7 @@ def convolve(width: int, keys: torch.Tensor) -> tuple[torch.Tensor, KeyConv]:
     module = KeyConv(2, 3, width, dtype=torch.float32, tp_group=None)  # type: ignore[arg-type]  # for checkpoints only
     torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(1))
     offsets = torch.from_numpy(document_offsets(torch.arange(11).numpy(), BOUNDS))
-    extended = torch.cat([torch.zeros(width - 1, 2, 3), keys])
-    return module(keys, [extended], offsets), module
+    return module(keys, torch.zeros(1, width - 1, 2, 3), [11], offsets), module
 
 
 @pytest.mark.parametrize("width", [3, 5])

@@ -1,0 +1,147 @@
+"""The entry: key convolution (FlashMoBA, arXiv 2511.11571): k + SiLU(causal depthwise convolution of k), before RoPE.
+
+Shape letters: S tokens at hand, K key/value heads, D head dim, W width of the filter, P pieces that k is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..derivative import refuse_second_derivative
+from ..errors import BackendError, bad_argument
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+MAX_WIDTH = 8
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def key_conv(
+    k: Tensor,
+    weight: Tensor,
+    *,
+    document_offset: Tensor,
+    halos: Tensor | None = None,
+    piece_lengths: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Keys after the convolution, [S,K,D] in k's dtype; differentiable (once) in k, weight and halos.
+
+        out[t] = k[t] + SiLU(sum over lag < W of weight[:, :, W - 1 - lag] * k[t - lag])
+
+    A tap that would reach before the token's document counts as zero. Computed in fp32 (fp64 for fp64 keys).
+
+    Args:
+        k: [S,K,D] keys before RoPE; bf16, fp16, fp32 or fp64.
+        weight: [K,D,W], fp32 or k's dtype, W in 1..8. Tap W - 1 is the token itself.
+        document_offset: int32 or int64 [S], tokens of the same document before each token, wherever they lie.
+        halos: [P,W-1,K,D] in k's dtype, the W - 1 tokens before each piece; None = nothing lies before (zeros).
+        piece_lengths: tokens of each contiguous piece that k is made of, in order; None = one piece. A shard under
+            context parallelism may be two.
+        backend: "auto" ("triton" for CUDA tensors that it serves, else "torch"), "reference", "torch" or "triton".
+    Raises:
+        ValueError for arguments that do not fit together; BackendError when the backend refuses, with every reason.
+    """
+    _check_keys_and_weight(k, weight)
+    lengths = (k.shape[0],) if piece_lengths is None else tuple(piece_lengths)
+    _check_pieces(k, weight.shape[2], document_offset, halos, lengths)
+    if halos is None:
+        halos = k.new_zeros((len(lengths), weight.shape[2] - 1, *k.shape[1:]))
+    out: Tensor = _KeyConv.apply(k, weight, halos, document_offset, lengths, _module(backend, k))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _KeyConv(torch.autograd.Function):
+    """Keeps the inputs only; the convolution is worked out again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        k: Tensor,
+        weight: Tensor,
+        halos: Tensor,
+        document_offset: Tensor,
+        lengths: tuple[int, ...],
+        form: ModuleType,
+    ) -> Tensor:
+        ctx.save_for_backward(k, weight, halos, document_offset)
+        ctx.lengths, ctx.form = lengths, form
+        out: Tensor = form.convolve(k, weight, halos, document_offset, lengths)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        refuse_second_derivative("key_conv")
+        k, weight, halos, document_offset = ctx.saved_tensors
+        dk, dweight, dhalos = ctx.form.convolve_backward(dout, k, weight, halos, document_offset, ctx.lengths)
+        return dk, dweight.to(weight.dtype), dhalos.to(halos.dtype), None, None, None
+
+
+def _module(backend: str, k: Tensor) -> ModuleType:
+    """The form that `backend` means for these keys."""
+    if backend not in BACKENDS:
+        allowed = ", ".join(map(repr, BACKENDS))
+        raise bad_argument(f"unknown backend; allowed: {allowed}", repr(backend), "pass backend='auto'")
+    if backend == "triton":
+        return _triton_form(k)
+    if backend == "auto" and k.device.type == "cuda":
+        try:
+            return _triton_form(k)
+        except BackendError:
+            pass  # "auto" promises no particular backend
+    from . import reference
+    from . import torch as torch_form
+
+    return reference if backend == "reference" else torch_form
+
+
+def _triton_form(k: Tensor) -> ModuleType:
+    from ..triton_support import refuse, require_triton
+
+    require_triton()
+    reasons = refuse(k)
+    if reasons:
+        raise BackendError("triton", reasons)
+    from . import triton as triton_form
+
+    return triton_form
+
+
+def _check_keys_and_weight(k: Tensor, weight: Tensor) -> None:
+    if k.dim() != 3 or k.dtype not in FLOATS:
+        raise bad_argument("k must be a float tensor [tokens, heads, dim]", f"{k.dtype} {tuple(k.shape)}", "reshape it")
+    if weight.dim() != 3 or weight.shape[:2] != k.shape[1:] or not 1 <= weight.shape[2] <= MAX_WIDTH:
+        what = f"weight must be [{k.shape[1]}, {k.shape[2]}, width] with a width in 1..{MAX_WIDTH}"
+        raise bad_argument(what, tuple(weight.shape), "pass one filter for each channel of k")
+    if weight.dtype not in (torch.float32, k.dtype):
+        raise bad_argument(f"weight must be fp32 or of k's dtype {k.dtype}", weight.dtype, "cast the weight")
+    if weight.device != k.device:
+        raise bad_argument(f"weight must lie on k's device {k.device}", weight.device, "move it there")
+
+
+def _check_pieces(
+    k: Tensor, width: int, document_offset: Tensor, halos: Tensor | None, lengths: tuple[int, ...]
+) -> None:
+    num_keys = k.shape[0]
+    if document_offset.shape != (num_keys,) or document_offset.dtype not in (torch.int32, torch.int64):
+        got = f"{document_offset.dtype} {tuple(document_offset.shape)}"
+        raise bad_argument(f"document_offset must be int32 or int64 [{num_keys}]", got, "pass one offset a row of k")
+    if document_offset.device != k.device:
+        raise bad_argument(f"document_offset must lie on {k.device}", document_offset.device, "move it to k's device")
+    if any(length < 0 for length in lengths) or sum(lengths) != num_keys:
+        fix = "pass the lengths of the contiguous pieces that k is made of"
+        raise bad_argument(f"piece_lengths must be >= 0 and add up to {num_keys}", lengths, fix)
+    if halos is None:
+        return
+    expected = (len(lengths), width - 1, *k.shape[1:])
+    if halos.shape != expected or halos.dtype != k.dtype or halos.device != k.device:
+        got = f"{halos.dtype} {tuple(halos.shape)} on {halos.device}"
+        fix = "pass the width - 1 tokens before each piece (zeros where the row begins), or None"
+        raise bad_argument(f"halos must be {k.dtype} {expected} on {k.device}", got, fix)
+
+
+__all__ = ["key_conv"]
