@@ -8,7 +8,7 @@ It serves q, k and v of one head dim. What it is asked for comes in two forms, b
   row's tile depends only on itself and earlier rows.
 
 The kernel's backward takes `out` and works out delta = rowsum(dout * out) itself. Here delta is given and out is not:
-a stand-in dout * (delta / rowsum(dout^2)) has just that row sum.
+`StandIn` has that row sum.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, N tiles of a list, M
 rows of a tile, L keys of a chunk, B equal blocks, R = T*H query rows.
@@ -45,16 +45,33 @@ def serves(q_THD: Tensor, v_SKD: Tensor) -> bool:
     return q_THD.device.type == "cpu" and q_THD.shape[2] == v_SKD.shape[2] and v_SKD.shape[0] >= MIN_KEYS
 
 
-def stand_in_ratio(dout_THD: Tensor, delta_TH: Tensor) -> Tensor:
-    """delta / rowsum(dout^2), 0 where dout is 0; scaled by each row's largest entry, so that squares stay in range."""
-    ratio = torch.zeros_like(delta_TH)
-    for part in ranges(dout_THD.shape[0], LIST_ELEMENTS // max(1, dout_THD[:1].numel())):
-        dout = dout_THD[part].to(delta_TH.dtype)
-        top = dout.abs().amax(-1, keepdim=True)
-        safe = torch.where(top == 0, 1.0, top)
-        squares = (dout / safe).square_().sum(-1)
-        ratio[part] = torch.where(top == 0, 0.0, delta_TH[part, :, None] / safe / safe)[..., 0] / squares.clamp_min(1.0)
-    return ratio
+@dataclass(frozen=True)
+class StandIn:
+    """For the kernel's `out`: delta / dout at each row's largest |dout|, 0 elsewhere; its row sum with dout is delta.
+
+    One product, and so one rounding; a multiple of dout would sum up D of them.
+    """
+
+    at_TH: Tensor
+    """int16 index of the largest |dout|."""
+    value_TH: Tensor
+
+    @classmethod
+    def of(cls, dout_THD: Tensor, delta_TH: Tensor) -> StandIn:
+        at = torch.empty_like(delta_TH, dtype=torch.int16)
+        value = torch.empty_like(delta_TH)
+        for part in ranges(dout_THD.shape[0], LIST_ELEMENTS // max(1, dout_THD[:1].numel())):
+            dout = dout_THD[part].to(delta_TH.dtype)
+            index = dout.abs().argmax(-1, keepdim=True)
+            top = dout.gather(-1, index).squeeze(-1)
+            at[part] = index.squeeze(-1)
+            value[part] = torch.where(top == 0, 0.0, delta_TH[part] / top)
+        return cls(at, value)
+
+    @staticmethod
+    def fill(like: Tensor, at: Tensor, value: Tensor) -> Tensor:
+        """[..., D] like `like`, from at and value [...]."""
+        return torch.zeros_like(like).scatter_(-1, at.long().unsqueeze(-1), value.unsqueeze(-1))
 
 
 def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Tensor:
@@ -127,17 +144,17 @@ def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, sca
 
 
 def backward_block(
-    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, grads: Gradients, ratio_TH: Tensor
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
-    """Add one block's share of the gradients. ratio_TH: `stand_in_ratio`."""
+    """Add one block's share of the gradients."""
     (_, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], grads.dq.dtype
     dq_THD = grads.dq[:-1].view(q_THD.shape)
     for views in _block_views(block, num_heads, num_kv_heads, dim):
         q, dout = (views.of_queries(x).to(acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
         k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
-        stand_in = dout * views.of_queries(ratio_TH).transpose(1, 2).unsqueeze(-1)
+        out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
         lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
-        dq, dk, dv = _backward(dout, q, k, v, stand_in, lse, 0.0, block.causal, scale=scale)
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, block.causal, scale=scale)
         views.of_queries(dq_THD).add_(dq.transpose(1, 2))
         views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
         views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
@@ -166,19 +183,22 @@ def forward_list(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, sca
 
 
 def backward_list(
-    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, grads: Gradients, ratio_TH: Tensor
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
-    """Add what the rows of a list and their chunk give each other. ratio_TH: `stand_in_ratio`."""
+    """Add what the rows of a list and their chunk give each other."""
     acc, dim = grads.dq.dtype, q_THD.shape[2]
     keys = slice(of.first_key, of.first_key + of.num_keys)
     for real, padded in of.pieces(LIST_ELEMENTS // dim):
         num_tiles = len(padded) // of.tile_rows
         q, dout = (_tiles(x, padded, num_tiles, acc) for x in (q_THD, grads.dout_THD))
         dout.view(-1, dim)[len(real) :] = 0  # padding gives nothing
-        stand_in = dout * ratio_TH.flatten().index_select(0, padded).view(num_tiles, 1, -1, 1)
-        lse = grads.lse_TH.flatten().index_select(0, padded).view(num_tiles, 1, -1)
+        at, value, lse = (
+            x.flatten().index_select(0, padded).view(num_tiles, 1, -1)
+            for x in (stand_in.at_TH, stand_in.value_TH, grads.lse_TH)
+        )
+        out = StandIn.fill(dout, at, value)
         k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
-        dq, dk, dv = _backward(dout, q, k, v, stand_in, lse, 0.0, False, scale=scale)
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
         grads.dq.index_add_(0, real, dq.reshape(-1, dim)[: len(real)])
         grads.dk_SKD[keys, of.kv_head] += dk.sum((0, 1))
         grads.dv_SKD[keys, of.kv_head] += dv.sum((0, 1))

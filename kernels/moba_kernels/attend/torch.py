@@ -124,12 +124,12 @@ def attend_partial_backward(
     dk, dv = (torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format) for x in (k_SKD, v_SKD))
     grads = Gradients(dout_THD, lse_TH, delta_TH.to(acc), dq, dk, dv)
     work = work_of(call, q_THD, k_SKD, v_SKD)
-    ratio_TH = fused.stand_in_ratio(dout_THD, grads.delta_TH)
+    stand_in = fused.StandIn.of(dout_THD, grads.delta_TH)
     for block in work.blocks:
-        fused.backward_block(q_THD, k_SKD, v_SKD, block, call.scale, grads, ratio_TH)
+        fused.backward_block(q_THD, k_SKD, v_SKD, block, call.scale, grads, stand_in)
     if work.steps is not None:
         backward_steps(work.steps, q_THD, k_SKD, v_SKD, call, grads)
     for of in work.lists or ():
-        fused.backward_list(q_THD, k_SKD, v_SKD, of, call.scale, grads, ratio_TH)
+        fused.backward_list(q_THD, k_SKD, v_SKD, of, call.scale, grads, stand_in)
     result = call.result_dtype
     return dq[:-1].view(q_THD.shape).to(result), dk.to(result), dv.to(result)
