@@ -1,13 +1,37 @@
 """Which rows picked which chunk: per-chunk lists by a counting sort on the device, bitwise the same on every run.
 
+Queries are cut into parts. `count_picks` counts the picks of every (list, part) by integer atomics, whose order does
+not matter; a running sum over (list, part) gives each part's place in each list; `place_picks` walks the pairs of one
+(part, KV head, slot) in order and writes the entries. Nothing depends on timing.
+
 Shape letters: T queries of the range, K key/value heads of the range, C chunks, P pick slots, E entries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from ..triton_math import Variant
+from .triton_geometry import DeviceGeometry
+
+# Counts of all (list, part) at a time: 4 bytes each, and 8 for the running sum.
+MAX_COUNTS = 1 << 23
+# Pairs that one program places at least, and at a time: each step waits for the one before it.
+MIN_PART_PAIRS = 1024
+STEP_PAIRS = 64
+COUNTED_PAIRS = 1024
+
+_UNALIGNED = ["picks", "picking", "key_edges"]
+_UNSPECIALISED = [
+    "num_pairs", "part_pairs", "num_parts", "num_chunks", "num_slots", "stride_pt", "stride_ph",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,3 +53,117 @@ class PickLists:
     num_chunks: int
     num_slots: int
     rows_per_query: int
+
+
+@triton.jit
+def _picked_list(  # type: ignore[no-untyped-def]
+    picks, picking, key_edges, pair, stop, kv, slot, num_chunks, num_slots, stride_pt, stride_ph, HEADS: tl.constexpr
+):
+    """(list, valid) of some pairs of one KV head and slot; a pair is query * HEADS + head."""
+    query = (pair // HEADS).to(tl.int64)
+    head = kv * HEADS + pair % HEADS
+    valid = pair < stop
+    valid = valid & (tl.load(picking + query, mask=valid, other=0) != 0)
+    chunk = tl.load(picks + query * stride_pt + head * stride_ph + slot, mask=valid, other=-1).to(tl.int32)
+    if picks.dtype.element_ty == tl.int16:
+        chunk = chunk & 0xFFFF  # stored as uint16, where 65535 = none
+        valid = valid & (chunk != 0xFFFF)
+    else:
+        valid = valid & (chunk >= 0)
+    chunk = tl.where(valid, chunk, 0)
+    num_keys = tl.load(key_edges + chunk + 1) - tl.load(key_edges + chunk)
+    return (kv * num_chunks + chunk) * num_slots + slot, valid & (num_keys > 0)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_UNALIGNED)
+def count_picks(  # type: ignore[no-untyped-def]
+    picks, picking, key_edges, counts, num_pairs, part_pairs, num_parts, num_chunks, num_slots, stride_pt, stride_ph,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """counts[list, part] += picks. Grid: (blocks of pairs, KV heads, slots)."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    which, valid = _picked_list(
+        picks, picking, key_edges, pair, num_pairs, tl.program_id(1), tl.program_id(2), num_chunks, num_slots,
+        stride_pt, stride_ph, HEADS,
+    )  # fmt: skip
+    tl.atomic_add(counts + which.to(tl.int64) * num_parts + pair // part_pairs, 1, mask=valid, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_UNALIGNED)
+def place_picks(  # type: ignore[no-untyped-def]
+    picks, picking, key_edges, places, entries, num_pairs, part_pairs, num_parts, num_chunks, num_slots, stride_pt,
+    stride_ph, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Entries to their places, which are counted up on the way. Grid: (parts, KV heads, slots)."""
+    begin = tl.program_id(0) * part_pairs
+    stop = tl.minimum(begin + part_pairs, num_pairs)
+    lane = tl.arange(0, BLOCK)
+    for start in range(begin, stop, BLOCK):
+        pair = start + lane
+        which, valid = _picked_list(
+            picks, picking, key_edges, pair, stop, tl.program_id(1), tl.program_id(2), num_chunks, num_slots,
+            stride_pt, stride_ph, HEADS,
+        )  # fmt: skip
+        which = tl.where(valid, which, -1)
+        same = which[:, None] == which[None, :]
+        rank = tl.sum((same & (lane[None, :] < lane[:, None])).to(tl.int32), 1)
+        last = tl.sum((same & (lane[None, :] > lane[:, None])).to(tl.int32), 1) == 0
+        counter = places + which.to(tl.int64) * num_parts + tl.program_id(0)
+        # Other warps have moved the counters a step ago: read where they wrote, not in L1.
+        place = tl.load(counter, mask=valid, other=0, cache_modifier=".cg") + rank
+        tl.store(entries + place, pair, mask=valid)
+        tl.debug_barrier()
+        tl.store(counter, place + 1, mask=valid & last)
+        tl.debug_barrier()
+
+
+def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int) -> PickLists:
+    """Sort the picks of some queries and KV heads.
+
+    Args:
+        stored_TRP: `Routing.stored` of these queries and of the routing heads of these KV heads; R / num_kv_heads is
+            H/K under select="head" and 1 under "group". A view may have any strides but a contiguous last dim.
+        geometry: its picking_T is that of these queries.
+    Scratch: 4 bytes an entry and 12 a count, MAX_COUNTS counts or one a list, whichever is more.
+    """
+    num_queries, routed, num_slots = stored_TRP.shape
+    heads = routed // num_kv_heads
+    num_pairs, num_lists = num_queries * heads, num_kv_heads * geometry.num_chunks * num_slots
+    num_parts = max(1, min(MAX_COUNTS // num_lists, num_pairs // MIN_PART_PAIRS))
+    part_pairs = -(-num_pairs // (num_parts * STEP_PAIRS)) * STEP_PAIRS
+    num_parts = -(-num_pairs // part_pairs)
+    device = stored_TRP.device
+    counts = torch.zeros(num_lists, num_parts, dtype=torch.int32, device=device)
+    entries = torch.empty(num_kv_heads * num_pairs * num_slots, dtype=torch.int32, device=device)
+    picks = stored_TRP.view(torch.int16) if stored_TRP.dtype == torch.uint16 else stored_TRP
+    picking = geometry.picking_T.view(torch.int8)
+    sizes = (num_pairs, part_pairs, num_parts, geometry.num_chunks, num_slots, picks.stride(0), picks.stride(1))
+    grid = (triton.cdiv(num_pairs, COUNTED_PAIRS), num_kv_heads, num_slots)
+    count_picks[grid](
+        picks, picking, geometry.key_edges_C, counts, *sizes, HEADS=heads, BLOCK=COUNTED_PAIRS, num_stages=1
+    )
+    places = torch.zeros(num_lists * num_parts + 1, dtype=torch.int64, device=device)
+    torch.cumsum(counts.view(-1), 0, out=places[1:])
+    edges = places[::num_parts].clone()
+    grid = (num_parts, num_kv_heads, num_slots)
+    place_picks[grid](
+        picks, picking, geometry.key_edges_C, places, entries, *sizes, HEADS=heads, BLOCK=STEP_PAIRS, num_stages=1
+    )
+    return PickLists(entries, edges, num_kv_heads, geometry.num_chunks, num_slots, heads)
+
+
+def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], target: int) -> Iterator[Variant]:
+    """The compiled forms that `build_lists` launches for groups of 4 heads: the same for all inputs and targets."""
+    integers = ("num_pairs", "part_pairs", "num_parts", "num_chunks", "num_slots", "stride_pt", "stride_ph")
+    head_dim, dtype = next(iter(head_dims))[0], next(iter(dtypes))
+    for picks, heads in product(("i16", "i32"), (1, 4)):
+        types = {"picks": f"*{picks}", "picking": "*i8", "key_edges": "*i32", **dict.fromkeys(integers, "i32")}
+        for kernel, pointers, block in (
+            (count_picks, {"counts": "*i32"}, COUNTED_PAIRS),
+            (place_picks, {"places": "*i64", "entries": "*i32"}, STEP_PAIRS),
+        ):
+            yield Variant(
+                label=f"{kernel.__name__} {picks} of {heads}", kernel=kernel, types={**types, **pointers},
+                constants={"HEADS": heads, "BLOCK": block}, num_warps=4, num_stages=1, head_dim=head_dim, dtype=dtype,
+                divisible_by_16=frozenset(pointers),
+            )  # fmt: skip
