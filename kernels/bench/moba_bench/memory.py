@@ -21,7 +21,7 @@ Bytes = dict[str, int]
 """total: inputs, outputs, gradients and scratch; beyond: without the inputs."""
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A field of /proc/self/status. Not ru_maxrss: a child inherits that high-water mark from the process that started
     it, and a small run after a large one would seem as large."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -30,16 +30,21 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: peak memory on a CPU is measured on Linux only")
 
 
+def forget_peak() -> None:
+    """VmHWM becomes what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def measure_here(shape: Shape, backend: str) -> Bytes:
     """In this process, which should have done nothing else."""
     small = small_of(shape, 64)
     moba_contestant("warm-up", backend, small, make_inputs(small, "cpu")).both()  # the libraries' own allocations
-    library = _status_bytes("VmRSS")
+    library = status_bytes("VmRSS")
     inputs = make_inputs(shape, "cpu")
-    with_inputs = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
+    with_inputs = status_bytes("VmRSS")
+    forget_peak()
     moba_contestant("moba", backend, shape, inputs).both()
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     return {"total": peak - library, "beyond": peak - with_inputs}
 
 
