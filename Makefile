@@ -36,7 +36,7 @@ setup: $(READY) ## Make .venv and install the project into it
 .PHONY: test
 test: $(READY) ## Run the test suite (CPU, many-rank tests included)
 	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity"
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton -n 2
 
 .PHONY: test-slow
 test-slow: $(READY) ## Run the tests that take minutes

@@ -60,6 +60,11 @@ def test_values_may_have_another_dim(value_dim):
     check_against_oracle([0, 50], Full(), dim=16, value_dim=value_dim)
 
 
+@pytest.mark.parametrize("spec", [Full(), MoBA(8, 3)], ids=str)
+def test_keys_of_192_and_values_of_128_as_in_mla(spec):
+    check_against_oracle([0, 1, 50], spec, dim=192, value_dim=128, backends=[*BACKENDS, "flash"])
+
+
 def test_the_softmax_scale_is_the_callers():
     check_against_oracle([0, 30], MoBA(8, 2), scale=0.7)
 

@@ -23,6 +23,8 @@ from moba_kernels import (
     Routing,
     attend,
     attend_partial,
+    attend_partial_backward,
+    moba_attn_varlen,
     pool_sums,
     route,
     route_means,
@@ -93,6 +95,11 @@ def bad_calls():
     spec = MoBA(4, 2)
     routing = route(q, k, spec)
     pack = Pack([0, 16])
+    lse = torch.zeros(16, 4)
+
+    def backward(dout, lse, delta):
+        return attend_partial_backward(dout, q, k, v, lse, delta, Full(), pack=pack)
+
     return {
         "q is 4-D": (lambda: attend(q[None], k, v, spec), "tokens, heads, dim"),
         "k has another dim": (lambda: attend(q, k[..., :8], v, spec), "head dim"),
@@ -134,6 +141,18 @@ def bad_calls():
         "routing is a tensor": (lambda: attend(q, k, v, spec, routing=routing.chunk_ids), "routing must be a Routing"),
         "no head dim": (lambda: attend(q[..., :0], k[..., :0], v, spec), "at least 1"),
         "no value dim": (lambda: attend(q, k, v[..., :0], Full()), "at least 1"),
+        "no KV heads": (lambda: attend(q, k[:, :0], v[:, :0], spec), "multiple"),
+        "cu_seqlens starts late": (lambda: attend(q, k, v, spec, cu_seqlens=[1, 16]), "must start at 0"),
+        "cu_seqlens ends late": (lambda: attend(q, k, v, spec, cu_seqlens=torch.tensor([0, 17])), "must end at 16"),
+        "chunks of no token": (lambda: pool_sums(k, pack=pack, chunk_size=0), "chunk_size must be"),
+        "picks of too few rows": (lambda: Routing.from_chunk_ids(routing.chunk_ids[:3], spec, pack), "16 rows"),
+        "gradient of another shape": (lambda: backward(q[..., :8], lse, lse), "dout must be"),
+        "lse of other queries": (lambda: backward(q, lse[:8], lse), "lse must be"),
+        "delta of other heads": (lambda: backward(q, lse, lse[:, :2]), "delta must be"),
+        "the original's call, max_seqlen too small": (
+            lambda: moba_attn_varlen(q, k, v, torch.tensor([0, 4, 16]), 11, 4, 2),
+            "longest document, 12",
+        ),
     }
 
 

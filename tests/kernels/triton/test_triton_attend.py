@@ -94,7 +94,7 @@ def test_every_group_size(heads, kv_heads, select):
     check([0, 100], MoBA(24, 3, select), heads=heads, kv_heads=kv_heads)
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(96, 96), (64, 32), (32, 96)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(96, 96), (64, 32), (32, 96), (192, 128), (256, 256)])
 def test_padded_head_dims_and_values_of_another_dim(dim, value_dim):
     check([0, 30, 100], MoBA(32, 2), BF16, heads=2, kv_heads=1, dim=dim, value_dim=value_dim)
 
