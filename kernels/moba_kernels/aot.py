@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .triton_support import DTYPES, HEAD_DIMS, INTERPRETED, require_triton
+from .triton_support import DTYPES, HEAD_DIMS, INTERPRETED, SHARED_LIMIT, require_triton
 
 # Each offers `variants(head_dims, dtypes, target)`.
 MODULES = (
@@ -39,8 +39,6 @@ MODULES = (
 ALL_HEAD_DIMS = (*((dim, dim) for dim in HEAD_DIMS), (192, 128))
 TARGETS = (80, 90, 100)
 
-# Bytes that one program may hold: what the GPU has for an SM, less what the driver keeps.
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 # Bytes of stack a thread may have where tiles are at their largest for the dtype.
 STACK_LIMIT = 256
 

@@ -5,6 +5,8 @@ Shape letters: T query tokens, S key tokens, H query heads, K key/value heads, D
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -21,24 +23,25 @@ def check_spec(spec: AttentionSpec) -> None:
         raise bad_argument("spec must be Full() or MoBA(...)", repr(spec), "pass moba_kernels.Full() or MoBA(512, 4)")
 
 
+def check_rows(name: str, x: Tensor) -> None:
+    """x is a float tensor [tokens, heads, dim >= 1]."""
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise bad_argument(f"{name} must be [tokens, heads, dim]", got, "drop the batch dim: one packed row")
+    if x.dtype not in FLOATS:
+        raise bad_argument(f"{name} must be a float tensor", x.dtype, "pass bf16, fp16, fp32 or fp64")
+    if x.shape[2] < 1:
+        raise bad_argument(f"{name}'s last dim must be at least 1", tuple(x.shape), "pass [tokens, heads, dim >= 1]")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     """q [T,H,D], k [S,K,D], v [S,K,Dv] or None: dims, dtypes, devices and head counts agree."""
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, x in named.items():
-        if x.dim() != 3:
-            raise bad_argument(
-                f"{name} must be [tokens, heads, dim]", tuple(x.shape), "drop the batch dim: one packed row"
-            )
-        if x.dtype not in FLOATS:
-            raise bad_argument(f"{name} must be a float tensor", x.dtype, "pass bf16, fp16, fp32 or fp64")
+        check_rows(name, x)
         if x.dtype != q.dtype:
             raise bad_argument(f"{name} must have q's dtype {q.dtype}", x.dtype, "cast q, k and v alike")
-        if x.device != q.device:
-            raise bad_argument(f"{name} must lie on q's device {q.device}", x.device, "move q, k and v to one device")
-        if x.shape[2] < 1:
-            raise bad_argument(
-                f"{name}'s last dim must be at least 1", tuple(x.shape), "pass [tokens, heads, dim >= 1]"
-            )
+        check_device(name, x, q)
     if k.shape[2] != q.shape[2]:
         raise bad_argument(
             "k must have q's head dim", f"k {tuple(k.shape)}, q {tuple(q.shape)}", "make k.shape[2] == q.shape[2]"
@@ -49,6 +52,32 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     check_heads(q.shape[1], k.shape[1])
 
 
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise bad_argument(f"{name} must lie on q's device {q.device}", x.device, "move all tensors to one device")
+
+
+def check_backward(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, value_dim: int) -> None:
+    """dout [T,H,Dv] of any float dtype; lse and delta [T,H], fp32 or fp64."""
+    expected = (*q.shape[:2], value_dim)
+    if dout.shape != expected or dout.dtype not in FLOATS:
+        got = f"{dout.dtype} {tuple(dout.shape)}"
+        raise bad_argument(f"dout must be a float tensor {expected}", got, "pass the gradient of the merged output")
+    for name, x in (("lse", lse), ("delta", delta)):
+        if x.shape != q.shape[:2] or x.dtype not in (torch.float32, torch.float64):
+            got, fix = f"{x.dtype} {tuple(x.shape)}", "pass one number per query and head, in fp32"
+            raise bad_argument(f"{name} must be fp32 {tuple(q.shape[:2])}", got, fix)
+    for name, x in (("dout", dout), ("lse", lse), ("delta", delta)):
+        check_device(name, x, q)
+
+
+def check_scale(softmax_scale: float | None) -> None:
+    if softmax_scale is None:
+        return
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float) or not isfinite(softmax_scale):
+        raise bad_argument("softmax_scale must be a finite number", repr(softmax_scale), "pass None for 1/sqrt(D)")
+
+
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         got = f"{num_heads} query heads, {num_kv_heads} KV heads"
@@ -57,13 +86,16 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 def check_positions(name: str, positions: Tensor | None, num_rows: int, pack: Pack) -> None:
     """Shape and dtype; that positions ascend is checked where they already lie on the host."""
+    if not isinstance(pack, Pack):
+        raise bad_argument("pack must be a Pack", type(pack).__name__, "pass moba_kernels.Pack(cu_seqlens)")
     fix = f"pass {name}_positions: ascending global token indices, one a row of {name}; None = all tokens of the pack"
     if positions is None:
         if num_rows != pack.num_tokens:
             raise bad_argument(f"{name} must hold all {pack.num_tokens} tokens of the pack", num_rows, fix)
         return
-    if positions.dtype != torch.int64 or positions.dim() != 1 or positions.numel() != num_rows:
-        got = f"{positions.dtype} {tuple(positions.shape)}"
+    tensor = isinstance(positions, Tensor)
+    if not tensor or positions.dtype != torch.int64 or positions.dim() != 1 or positions.numel() != num_rows:
+        got = f"{positions.dtype} {tuple(positions.shape)}" if tensor else type(positions).__name__
         raise bad_argument(f"{name}_positions must be int64 [{num_rows}]", got, fix)
     if positions.device.type == "cpu" and num_rows:
         low, high = int(positions[0]), int(positions[-1])

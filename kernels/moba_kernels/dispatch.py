@@ -125,7 +125,7 @@ def resolve(name: str, *tensors: Tensor) -> Backend:
     """
     if name == "auto":
         return _automatic(tensors)
-    if name not in LOADERS:
+    if not isinstance(name, str) or name not in LOADERS:
         allowed = ", ".join(repr(known) for known in ("auto", *LOADERS))
         raise bad_argument(f"unknown backend; allowed: {allowed}", repr(name), "pass backend='auto'")
     backend = LOADERS[name]()

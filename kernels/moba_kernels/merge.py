@@ -23,6 +23,11 @@ def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -
             raise bad_argument(
                 "partials are merged in fp32", tensor.dtype, "keep partials in fp32 until the last merge"
             )
+    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:-1]:
+        got = f"out {tuple(out_a.shape)}, {tuple(out_b.shape)}, lse {tuple(lse_a.shape)}, {tuple(lse_b.shape)}"
+        raise bad_argument(
+            "partials must be out [T,H,Dv] and lse [T,H], both alike", got, "merge parts of one query set"
+        )
     lse = torch.logaddexp(lse_a, lse_b)
     base = torch.where(lse == -torch.inf, 0.0, lse)
     out = out_a * torch.exp(lse_a - base).unsqueeze(-1) + out_b * torch.exp(lse_b - base).unsqueeze(-1)

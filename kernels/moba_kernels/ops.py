@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from .attend.call import AttendCall, accumulate_dtype
-from .checks import check_heads, check_positions, check_qkv, check_routing, check_spec
+from .checks import (
+    check_backward,
+    check_device,
+    check_heads,
+    check_positions,
+    check_qkv,
+    check_routing,
+    check_rows,
+    check_scale,
+    check_spec,
+)
 from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
 from .errors import bad_argument
@@ -22,6 +32,7 @@ from .ranges import row_dot
 from .report import AttendResult, ExecutionReport, PairTally, Partial
 from .routing import Routing
 from .spec import AttentionSpec, Full, MoBA
+from .triton_support import on_device_of
 
 
 def pool_sums(
@@ -34,16 +45,18 @@ def pool_sums(
     Returns:
         (sum_CKD fp64 [C,K,D], count_C int64 [C]); chunks not at hand give 0. Add those of all ranks, then `mean_keys`.
     """
-    if k_THD.dim() != 3:
-        raise bad_argument("k must be [tokens, heads, dim]", tuple(k_THD.shape), "drop the batch dim: one packed row")
+    check_rows("k", k_THD)
     check_positions("k", k_positions, k_THD.shape[0], pack)
-    with torch.no_grad():
+    with torch.no_grad(), on_device_of(k_THD):
         serve = resolve(backend, k_THD).pool_sums
         return serve(k_THD.detach(), pack=pack, chunk_size=chunk_size, k_positions=k_positions)
 
 
 def mean_keys(sum_CKD: Tensor, count_C: Tensor) -> Tensor:
     """The published means, fp32 [C,K,D], from fp64 sums and int64 counts; a chunk without keys gives 0."""
+    if sum_CKD.dim() != 3 or count_C.shape != sum_CKD.shape[:1]:
+        got = f"{tuple(sum_CKD.shape)} and {tuple(count_C.shape)}"
+        raise bad_argument("sums must be [C,K,D] and counts [C]", got, "pass what pool_sums returns")
     return (sum_CKD / count_C.clamp_min(1).view(-1, 1, 1)).float()
 
 
@@ -63,6 +76,8 @@ def route_means(
     Returns the picks of the queries at hand. The same query gets the same picks whatever else is in the call.
     """
     _check_moba(spec)
+    check_rows("q", q_THD)
+    check_positions("q", q_positions, q_THD.shape[0], pack)
     num_chunks = pack.chunks(spec.chunk_size).num_chunks
     if mean_CKD.dim() != 3 or mean_CKD.shape[0] != num_chunks or mean_CKD.shape[2] != q_THD.shape[-1]:
         fix = "pass mean_keys(*pool_sums(...)) of the same pack and chunk_size"
@@ -70,8 +85,8 @@ def route_means(
     if mean_CKD.dtype != torch.float32:
         raise bad_argument("means are published as fp32", mean_CKD.dtype, "pass the result of mean_keys")
     check_heads(q_THD.shape[1], mean_CKD.shape[1])
-    check_positions("q", q_positions, q_THD.shape[0], pack)
-    with torch.no_grad():
+    check_device("means", mean_CKD, q_THD)
+    with torch.no_grad(), on_device_of(q_THD):
         serve = resolve(backend, q_THD, mean_CKD).route_means
         return serve(q_THD.detach(), mean_CKD, spec, pack=pack, q_positions=q_positions)
 
@@ -133,7 +148,7 @@ def attend_partial(
         backend,
         accumulate_dtype(q_THD),
     )
-    with torch.no_grad():
+    with torch.no_grad(), on_device_of(q_THD):
         return serve.attend_partial(q_THD.detach(), k_SKD.detach(), v_SKD.detach(), call, tally)
 
 
@@ -173,14 +188,8 @@ def attend_partial_backward(
         backend,
         accumulate_dtype(q_THD),
     )
-    if dout_THDv.shape != (*q_THD.shape[:2], v_SKD.shape[2]):
-        fix = "pass the gradient of the merged output"
-        raise bad_argument(f"dout must be {(*q_THD.shape[:2], v_SKD.shape[2])}", tuple(dout_THDv.shape), fix)
-    for name, x in (("lse", lse_TH), ("delta", delta_TH)):
-        if x.shape != q_THD.shape[:2]:
-            fix = "pass one number per query and head"
-            raise bad_argument(f"{name} must be {tuple(q_THD.shape[:2])}", tuple(x.shape), fix)
-    with torch.no_grad():
+    check_backward(dout_THDv, lse_TH, delta_TH, q_THD, v_SKD.shape[2])
+    with torch.no_grad(), on_device_of(q_THD):
         return serve.attend_partial_backward(dout_THDv, q_THD, k_SKD, v_SKD, lse_TH, delta_TH, call)
 
 
@@ -207,6 +216,7 @@ def _prepare(
     check_qkv(q, k, v)
     check_positions("q", q_positions, q.shape[0], pack)
     check_positions("k", k_positions, k.shape[0], pack)
+    check_scale(softmax_scale)
     if routing is not None:
         check_routing(routing, spec, pack, q, k.shape[1], q_positions)
     elif isinstance(spec, MoBA):
@@ -220,7 +230,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttendCall, serve: Backend, tally: PairTally) -> Any:
-        out, lse = serve.attend_partial(q, k, v, call, tally)
+        with on_device_of(q):
+            out, lse = serve.attend_partial(q, k, v, call, tally)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.serve = call, serve
         ctx.mark_non_differentiable(lse)
@@ -231,7 +242,8 @@ class _Attend(torch.autograd.Function):
         refuse_second_derivative("attend")
         q, k, v, out, lse = ctx.saved_tensors
         delta = row_dot(dout, out, lse.dtype)
-        return *ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call), None, None, None
+        with on_device_of(q):
+            return *ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call), None, None, None
 
 
 def attend(

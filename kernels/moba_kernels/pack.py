@@ -116,7 +116,13 @@ class Pack:
 
     def __init__(self, cu_seqlens: Sequence[int] | Tensor) -> None:
         fix = "pass the running sums of the document lengths, e.g. [0, 128, 300] for documents of 128 and 172 tokens"
-        raw = cu_seqlens.detach().cpu().numpy() if isinstance(cu_seqlens, Tensor) else np.asarray(cu_seqlens)
+        if isinstance(cu_seqlens, Tensor):
+            raw = cu_seqlens.detach().cpu().numpy()
+        else:
+            try:
+                raw = np.asarray(cu_seqlens)
+            except ValueError:  # rows of several lengths
+                raise bad_argument("cu_seqlens must be a sequence of integers", cu_seqlens, fix) from None
         if raw.ndim != 1 or raw.size == 0 or not np.issubdtype(raw.dtype, np.integer):
             got = f"shape {tuple(raw.shape)}, dtype {raw.dtype}"
             raise bad_argument("cu_seqlens must be a non-empty 1-D sequence of integers", got, fix)
@@ -147,8 +153,8 @@ class Pack:
     def chunks(self, chunk_size: int) -> ChunkGeometry:
         """The chunk geometry for `chunk_size`, computed once and kept on this object."""
         if chunk_size not in self._chunks:
-            if chunk_size < 1:
-                raise bad_argument("chunk_size must be >= 1", chunk_size, "pass chunk_size >= 1")
+            if not isinstance(chunk_size, int) or chunk_size < 1:
+                raise bad_argument("chunk_size must be an integer >= 1", repr(chunk_size), "pass chunk_size >= 1")
             self._chunks[chunk_size] = ChunkGeometry(self.bounds, chunk_size)
         return self._chunks[chunk_size]
 

@@ -47,6 +47,8 @@ class Routing:
         if picks_TRP.shape[2] > spec.num_picks:
             fix = "leave out the own chunk, or raise topk"
             raise bad_argument(f"a query has at most {spec.num_picks} picks under {spec}", picks_TRP.shape[2], fix)
+        if picks_TRP.is_floating_point():
+            raise bad_argument("picks must be integers", picks_TRP.dtype, "see Routing.from_chunk_ids")
         expected = pack.num_tokens if q_positions is None else q_positions.numel()
         if picks_TRP.shape[0] != expected:
             fix = "pass q_positions with one entry a row"
@@ -75,6 +77,19 @@ class Routing:
     def stored(self) -> Tensor:
         """[T,R,P] as kept: uint16 with 65535 = none, or int32 with -1 = none."""
         return self._stored
+
+    @staticmethod
+    def nothing(num_queries: int, routed: int, kept: int, spec: MoBA, pack: Pack, device: torch.device) -> Tensor:
+        """[T,R,P] of -1 in the stored width: int16 (to be viewed as uint16) while ids fit, else int32."""
+        dtype = torch.int16 if pack.chunks(spec.chunk_size).num_chunks < NONE_UINT16 else torch.int32
+        return torch.full((num_queries, routed, kept), -1, dtype=dtype, device=device)
+
+    def picks_of(self, part: slice) -> Tensor:
+        """`picks` of some consecutive queries."""
+        if self._stored.dtype != torch.uint16:
+            return self._stored[part]
+        signed = self._stored.view(torch.int16)[part].to(torch.int32)
+        return signed.add_((signed < -1).to(torch.int32).mul_(65536))
 
     @property
     def num_queries(self) -> int:
@@ -149,14 +164,14 @@ class Routing:
     ) -> Routing:
         """A forced routing from ids laid out as `chunk_ids`: [T,R,<=topk], slot 0 the own chunk, -1 = none.
 
-        validate=True reads the device and raises ValueError when slot 0 is not the own chunk, or a pick lies in another
-        document, not before the own chunk, or stands twice.
+        Raises ValueError when slot 0 is not the own chunk, or a pick lies in another document, not before the own
+        chunk, or stands twice. Ids on the CPU are always looked at; validate=True also reads those on a device.
         """
         if chunk_ids.dim() != 3 or not 1 <= chunk_ids.shape[2] <= spec.topk:
             fix = "pass ids laid out as Routing.chunk_ids"
             raise bad_argument(f"chunk_ids must be [T,R,1..{spec.topk}]", tuple(chunk_ids.shape), fix)
         routing = cls(chunk_ids[:, :, 1:], spec, pack, q_positions)
-        if validate:
+        if validate or chunk_ids.device.type == "cpu":
             _validate(chunk_ids, routing)
         return routing
 
@@ -207,6 +222,11 @@ def random_routing(
     Floyd's subset sampling (Bentley, CACM 30(9), 1987): for j = n-P .. n-1 draw r <= j, take r, or j when r is taken.
     Returns a Routing of [T,R,P] picks on `device`.
     """
+    if not isinstance(spec, MoBA):
+        raise bad_argument("random_routing needs a MoBA spec", repr(spec), "pass MoBA(chunk_size, topk)")
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        got = f"{num_heads} query heads, {num_kv_heads} KV heads"
+        raise bad_argument("query heads must be a multiple of KV heads", got, "make H % K == 0")
     device = torch.device(device)
     geometry = pack.chunks(spec.chunk_size).tensors(device)
     token_T = torch.arange(pack.num_tokens, device=device) if q_positions is None else q_positions.to(device).long()

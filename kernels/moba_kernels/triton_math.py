@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_support import INTERPRETED
+from .triton_support import INTERPRETED, target_of_capability
 
 # Kernels read it as a compile-time constant.
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -67,5 +67,4 @@ def target_of(device: torch.device) -> int:
     """80, 90 or 100: the generation whose tile shapes a launch on `device` takes (the interpreter takes Hopper's)."""
     if device.type != "cuda":
         return 90
-    major, _ = torch.cuda.get_device_capability(device)
-    return 80 if major < 9 else 90 if major == 9 else 100
+    return target_of_capability(torch.cuda.get_device_capability(device)[0])

@@ -7,7 +7,10 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,11 +27,16 @@ from moba_kernels import (
     attend,
     attend_partial,
     attend_partial_backward,
+    key_conv,
+    mean_keys,
+    merge_partials,
     moba_attn_varlen,
     pool_sums,
+    random_routing,
     route,
     route_means,
 )
+from moba_kernels.triton_support import refuse_device, require_triton
 
 from .inputs import make_qkv
 
@@ -52,6 +60,58 @@ def test_a_missing_triton_is_named_with_an_install_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(BackendError, match=r"cannot be imported(.|\n)*pip install 'moba-train\[triton\]'"):
         attend(q, k, v, Full(), backend="triton")
+
+
+def test_a_triton_that_is_too_old_is_refused_with_its_version(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(BackendError, match=r"triton >= 3\.4(.|\n)*3\.3\.1"):
+        require_triton()
+
+
+def test_a_gpu_that_the_tiles_do_not_fit_is_refused(monkeypatch):
+    gpu = {"capability": (9, 0), "shared": 232_448}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu["capability"])
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(shared_memory_per_block_optin=gpu["shared"]),
+    )
+    device = torch.device("cuda", 1)
+    assert refuse_device(device) == ()
+    gpu.update(capability=(8, 0), shared=166_912)
+    assert refuse_device(device) == ()
+    for capability in ((8, 9), (12, 0)):  # cards for desktops
+        gpu.update(capability=capability, shared=101_376)
+        (reason,) = refuse_device(device)
+        assert "101,376" in reason and "cuda:1" in reason
+    gpu.update(capability=(7, 5), shared=65_536)
+    (reason,) = refuse_device(device)
+    assert "7.5" in reason
+
+
+def test_every_operation_runs_with_its_tensors_device_current(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def on_device_of(x):
+        entered.append(x)
+        yield
+
+    for module in ("moba_kernels.ops", "moba_kernels.key_conv.op"):
+        monkeypatch.setattr(import_module(module), "on_device_of", on_device_of)
+    spec, pack = MoBA(4, 2), Pack([0, 16])
+    q, k, v, dout = make_qkv([0, 16], dtype=torch.float32)
+    routing = route(q, k, spec)
+    assert len(entered) == 2  # pool_sums and route_means
+    out, lse = attend_partial(q, k, v, spec, pack=pack, routing=routing)
+    attend_partial_backward(dout, q, k, v, lse, (out * dout).sum(-1), spec, pack=pack, routing=routing)
+    assert len(entered) == 4
+    leaf = k.clone().requires_grad_()
+    attend(q, leaf, v, spec, routing=routing).out.sum().backward()
+    assert len(entered) == 6
+    key_conv(leaf, torch.zeros(*k.shape[1:], 3), document_offset=torch.arange(16)).sum().backward()
+    assert len(entered) == 8
 
 
 def test_importing_the_operator_imports_no_optional_package():
@@ -139,6 +199,40 @@ def bad_calls():
         "picks of the wrong rank": (lambda: Routing(torch.zeros(16, 1), spec, pack), "picks must be"),
         "more picks than topk - 1": (lambda: Routing(torch.zeros(16, 4, 2), spec, pack), "at most 1 picks"),
         "routing is a tensor": (lambda: attend(q, k, v, spec, routing=routing.chunk_ids), "routing must be a Routing"),
+        "float picks": (lambda: Routing(torch.zeros(16, 4, 1), spec, pack), "integers"),
+        "backward with bf16 lse": (lambda: backward(q, lse.bfloat16(), lse), "lse must be fp32"),
+        "backward with integer dout": (lambda: backward(q.long(), lse, lse), "dout must be a float"),
+        "backward with delta elsewhere": (lambda: backward(q, lse, lse.to("meta")), "device"),
+        "partials of two shapes": (
+            lambda: merge_partials(torch.zeros(4, 2, 8), torch.zeros(4, 1), torch.zeros(4, 2, 8), torch.zeros(4, 1)),
+            "both alike",
+        ),
+        "sums and counts that differ": (lambda: mean_keys(torch.zeros(4, 2, 8), torch.ones(3)), "counts"),
+        "pack is a list": (lambda: attend_partial(q, k, v, Full(), pack=[0, 16]), "must be a Pack"),
+        "positions are a list": (lambda: attend_partial(q[:1], k, v, Full(), pack=pack, q_positions=[4]), "int64"),
+        "ragged cu_seqlens": (lambda: Pack([[0], [1, 2]]), "sequence of integers"),
+        "scale is not a number": (lambda: attend(q, k, v, spec, softmax_scale="a"), "finite number"),
+        "scale is NaN": (lambda: attend(q, k, v, spec, softmax_scale=float("nan")), "finite number"),
+        "chunk size is not an integer": (lambda: pack.chunks(2.5), "integer"),
+        "backend is a list": (lambda: attend(q, k, v, spec, backend=["torch"]), "unknown backend"),
+        "integer q to route_means": (lambda: route_means(q.long(), torch.zeros(4, 2, 16), spec, pack=pack), "float"),
+        "integer k to pool_sums": (lambda: pool_sums(k.long(), pack=pack, chunk_size=4), "float"),
+        "random routing under Full": (
+            lambda: random_routing(Full(), pack=pack, num_heads=4, num_kv_heads=2, seed=0, device="cpu"),
+            "MoBA spec",
+        ),
+        "random routing of heads that do not divide": (
+            lambda: random_routing(spec, pack=pack, num_heads=3, num_kv_heads=2, seed=0, device="cpu"),
+            "multiple",
+        ),
+        "a pick that stands twice": (
+            lambda: Routing.from_chunk_ids(torch.tensor([[[3, 1, 1]]]), MoBA(4, 3), pack, torch.tensor([13])),
+            "twice",
+        ),
+        "a pick that is no chunk": (
+            lambda: Routing.from_chunk_ids(torch.tensor([[[3, 70]]]), MoBA(4, 2), pack, torch.tensor([13])),
+            "not a candidate",
+        ),
         "no head dim": (lambda: attend(q[..., :0], k[..., :0], v, spec), "at least 1"),
         "no value dim": (lambda: attend(q, k, v[..., :0], Full()), "at least 1"),
         "no KV heads": (lambda: attend(q, k[:, :0], v[:, :0], spec), "multiple"),

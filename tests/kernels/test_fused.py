@@ -14,7 +14,7 @@ from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial_backw
 from moba_kernels.attend import blocks as blocks_module
 from moba_kernels.attend import fused
 from moba_kernels.attend.blocks import causal_blocks
-from moba_kernels.attend.lists import chunk_lists, tile_rows_of
+from moba_kernels.attend.lists import average_list, chunk_lists, tile_rows_of
 
 from .inputs import ROWS, assert_close, make_qkv
 from .test_attend import SPECS, check_against_oracle, plain, run
@@ -27,6 +27,7 @@ torch_backend = import_module("moba_kernels.attend.torch")
 def at_any_size(request, monkeypatch):
     """Small rows take the kernel too; picks go by lists, or by tiles after the kernel's blocks."""
     monkeypatch.setattr(fused, "MIN_KEYS", 0)
+    monkeypatch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
     monkeypatch.setattr(torch_backend, "MIN_PAIRS_OF_LIST", 0 if request.param == "lists" else 1 << 60)
 
 
@@ -141,11 +142,10 @@ def test_blocks_hold_every_visible_pair_once_or_are_refused(data):
         data.draw(st.one_of(st.just(tokens), st.lists(st.sampled_from(tokens), unique=True).map(sorted))),
         dtype=np.int64,
     )
-    smallest, blocks_module.SMALLEST_HALF = blocks_module.SMALLEST_HALF, data.draw(st.integers(1, 5))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks_module, "SMALLEST_HALF", data.draw(st.integers(1, 5)))
+        patch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
         blocks = causal_blocks(queries, keys, edges)
-    finally:
-        blocks_module.SMALLEST_HALF = smallest
     if blocks is None:
         assert len(keys) < edges[-1]  # with all keys at hand there are always blocks
         return
@@ -158,6 +158,13 @@ def test_blocks_hold_every_visible_pair_once_or_are_refused(data):
         rows = {block.first_query + i * block.stride + j for i in range(block.count) for j in range(block.num_queries)}
         assert not (rows & first if block.fresh else rows - first)  # a fresh block is the first of its rows
         first |= rows
+
+
+def test_scattered_queries_and_tiny_documents_are_no_union_of_blocks():
+    token = np.arange(8192)
+    assert causal_blocks(token[::2], token, np.array([0, 8192])) is None
+    uneven = np.cumsum([0, *np.random.default_rng(0).integers(1, 20, 800)])
+    assert causal_blocks(np.arange(uneven[-1]), np.arange(uneven[-1]), uneven) is None
 
 
 def test_equal_segments_share_one_block():
@@ -188,9 +195,14 @@ def test_lists_hold_every_pick_once_with_rows_ascending(select):
 
 
 def test_tiles_are_a_quarter_of_the_average_list_within_limits():
-    assert tile_rows_of(6144 * 128, 128) == 768
-    assert tile_rows_of(1000, 10) == 32
-    assert tile_rows_of(3, 10) == 16
+    assert tile_rows_of(average_list(32768, 4, 3, 64)) == 768  # 6144 rows
+    assert tile_rows_of(100) == 32
+    assert tile_rows_of(0) == 16
+
+
+def test_long_rows_are_sorted_in_ranges_that_leave_lists_long():
+    # 1M tokens, 32 heads in groups of 4, 128/8: all KV heads at once would leave an eighth of it.
+    assert average_list(1 << 20, 4, 7, 8192) == 255
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])

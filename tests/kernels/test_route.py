@@ -196,6 +196,8 @@ def test_the_stored_routing_of_a_layer_with_a_million_tokens_stays_below_0_8_gb(
     q, k, _, _ = make_qkv([0, 256], heads=32, kv_heads=8, dim=4, dtype=torch.float32)
     stored = route(q, k, MoBA(16, 12)).stored
     assert stored.shape == (256, 32, 11)  # the own chunk follows from the position
-    million = Routing(torch.empty(0, 32, 11), MoBA(4096, 12), Pack([0, 1 << 20]), torch.empty(0, dtype=torch.int64))
+    million = Routing(
+        torch.empty(0, 32, 11, dtype=torch.int32), MoBA(4096, 12), Pack([0, 1 << 20]), torch.empty(0, dtype=torch.int64)
+    )
     assert million.stored.dtype == stored.dtype == torch.uint16
     assert (1 << 20) * stored[0].numel() * stored.element_size() <= 0.8e9

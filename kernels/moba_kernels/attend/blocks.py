@@ -24,6 +24,8 @@ from ..pack import IntArray
 KEYS_AT_ONCE = 512
 HALVE_UP_TO = 2048
 SMALLEST_HALF = 256
+# Fewer queries a block than this on average, and every block costs a call for little: tiles do better then.
+MIN_QUERIES_OF_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Block:
 
 
 def causal_blocks(query_T: IntArray, key_S: IntArray, edges: IntArray) -> list[Block] | None:
-    """Every query against the keys at hand of its segment up to itself; None where that is no union of blocks.
+    """Every query against the keys at hand of its segment up to itself; None where that is no union of blocks, or of
+    too many.
 
     query_T, key_S: ascending positions at hand. edges [G+1] segment edges. It is one when, for every run of consecutive
     queries in a segment, all keys of the run's own tokens are at hand, or none.
@@ -79,7 +82,10 @@ def causal_blocks(query_T: IntArray, key_S: IntArray, edges: IntArray) -> list[B
             blocks.append(Block(query, own, length, length, causal=True, fresh=True))
         if own > key:
             blocks.append(Block(query, key, length, own - key, causal=False, fresh=not square))
-    return [half for block in _grouped(blocks) for half in _halved(block)]
+    grouped = list(_grouped(blocks))
+    if len(grouped) * MIN_QUERIES_OF_BLOCK > len(query_T):
+        return None
+    return [half for block in grouped for half in _halved(block)]
 
 
 def _grouped(blocks: list[Block]) -> Iterator[Block]:

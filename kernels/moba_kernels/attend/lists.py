@@ -51,12 +51,21 @@ class ChunkList:
             yield real, torch.cat((real, real[:1].expand(padding))) if padding else real
 
 
-def tile_rows_of(num_entries: int, num_lists: int) -> int:
+def queries_at_once(group: int, slots: int) -> int:
+    """Queries of one KV head whose picks are sorted together."""
+    return max(1, RANGE_ENTRIES // (group * slots))
+
+
+def average_list(num_queries: int, group: int, slots: int, num_chunks: int) -> int:
+    """Rows of a list if all picks were made and spread evenly over the chunks at hand."""
+    return min(num_queries, queries_at_once(group, slots)) * group * slots // max(1, num_chunks)
+
+
+def tile_rows_of(average: int) -> int:
     """Rows of a tile: LONG_TILE for long lists, else a power of two near a quarter of the average list.
 
     Fixed by sizes known beforehand, never by the picks: a row's tile must not depend on what later rows picked.
     """
-    average = num_entries // max(1, num_lists)
     if average >= LONG_LIST:
         return LONG_TILE
     return min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << (max(1, average // 4) - 1).bit_length()))
@@ -70,26 +79,25 @@ def chunk_lists(
     takes_picks_T: bool [T]; other queries have their picks in their causal segment.
     """
     keys_of = np.diff(key_edges_C)
-    picks = routing.picks
-    num_queries, routed, slots = picks.shape
-    if not picks.numel() or not keys_of.any():
+    num_queries, routed, slots = routing.stored.shape
+    if not routing.stored.numel() or not keys_of.any():
         return
-    num_lists, heads_of_pick = len(keys_of) * num_kv_heads, num_heads // routed
+    num_chunks, group = len(keys_of), num_heads // num_kv_heads
+    routed_of_kv = routed // num_kv_heads  # group, or 1 where the group picks together
     has_keys_C = torch.from_numpy(keys_of > 0)
-    kv_head_R1 = (torch.arange(routed, dtype=torch.int32) // (routed // num_kv_heads))[:, None]
-    queries_at_once = max(1, RANGE_ENTRIES // (num_heads * slots))
-    lists_with_keys = int((keys_of > 0).sum()) * num_kv_heads
-    tile_rows = tile_rows_of(min(num_queries, queries_at_once) * num_heads * slots, lists_with_keys)
-    for part in ranges(num_queries, queries_at_once):
-        pick = picks[part]
-        listed = (pick >= 0) & takes_picks_T[part, None, None] & has_keys_C[pick.clamp_min(0).long()]
-        list_QRP = torch.where(listed, pick * num_kv_heads + kv_head_R1, num_lists)
-        order = torch.sort(list_QRP.flatten(), stable=True).indices
-        counts = np.bincount(list_QRP.flatten().numpy(), minlength=num_lists + 1)[:num_lists]
-        ends = np.cumsum(counts)
-        for i in np.flatnonzero(counts).tolist():
-            chunk, kv_head = divmod(i, num_kv_heads)
-            row = order[ends[i] - counts[i] : ends[i]] // slots + part.start * routed
-            if heads_of_pick > 1:
-                row = (row[:, None] * heads_of_pick + torch.arange(heads_of_pick)).flatten()
-            yield ChunkList(row, kv_head, int(key_edges_C[chunk]), int(keys_of[chunk]), tile_rows)
+    tile_rows = tile_rows_of(average_list(num_queries, group, slots, int((keys_of > 0).sum())))
+    member = torch.arange(group // routed_of_kv)
+    for kv_head in range(num_kv_heads):
+        of_head = routing.of_kv_heads(kv_head, kv_head + 1, num_kv_heads)
+        for part in ranges(num_queries, queries_at_once(group, slots)):
+            pick = of_head.picks_of(part)
+            listed = (pick >= 0) & takes_picks_T[part, None, None] & has_keys_C[pick.clamp_min(0).long()]
+            chunk_QRP = torch.where(listed, pick, num_chunks)
+            order = torch.sort(chunk_QRP.flatten(), stable=True).indices
+            counts = np.bincount(chunk_QRP.flatten().numpy(), minlength=num_chunks + 1)[:num_chunks]
+            ends = np.cumsum(counts)
+            for chunk in np.flatnonzero(counts).tolist():
+                entry = order[ends[chunk] - counts[chunk] : ends[chunk]] // slots
+                first_row = (entry // routed_of_kv + part.start) * num_heads + kv_head * group + entry % routed_of_kv
+                rows = (first_row[:, None] + member).flatten()
+                yield ChunkList(rows, kv_head, int(key_edges_C[chunk]), int(keys_of[chunk]), tile_rows)

@@ -91,16 +91,17 @@ def _count(batch: TileBatch, shape: Shape, tally: PairTally) -> None:
     tally.add(attended, batch.rows.numel() * batch.length)
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T,H,D] -> [T*H + 1, D] in `dtype`, with a zero row for the padding."""
-    rows = x.new_zeros((x.shape[0] * x.shape[1] + 1, *x.shape[2:]), dtype=dtype)
-    rows[:-1] = x.flatten(0, 1)
-    return rows
+def _gather(rows_RD: Tensor, index: Tensor, num_tiles: int, dtype: torch.dtype) -> Tensor:
+    """[N, n, D]: the rows of every tile."""
+    return rows_RD.index_select(0, index).view(num_tiles, -1, rows_RD.shape[-1]).to(dtype)
 
 
-def _gather(rows: Tensor, index: Tensor, num_tiles: int, dtype: torch.dtype) -> Tensor:
-    """[N, n, D]: rows of every tile."""
-    return rows.index_select(0, index).view(num_tiles, -1, rows.shape[-1]).to(dtype)
+def _gather_queries(x_THD: Tensor, batch: TileBatch, dtype: torch.dtype) -> Tensor:
+    """[N, M, D]: the query rows of every tile, zero where a row is padding."""
+    rows_RD = x_THD.reshape(x_THD.shape[0] * x_THD.shape[1], -1)
+    padding = batch.rows == rows_RD.shape[0]
+    tiles = _gather(rows_RD, batch.rows.clamp_max(rows_RD.shape[0] - 1), batch.num_tiles, dtype)
+    return tiles.masked_fill_(padding.view(batch.num_tiles, -1, 1), 0.0)
 
 
 def _scores(q_NMD: Tensor, k_NLD: Tensor, scale: float) -> Tensor:
@@ -119,12 +120,10 @@ def forward_steps(
     """softmax(scale * q k^T + mask) v and its log-sum-exp, merged tile by tile into `sums`."""
     acc = sums.out.dtype
     shape = Shape.of(q_THD, k_SKD)
-    queries, keys, values = _rows(q_THD, acc), k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
+    keys, values = k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
     for batch in _batches(steps, call, shape, q_THD.device, tally):
         num_tiles = batch.num_tiles
-        scores = _scores(
-            _gather(queries, batch.rows, num_tiles, acc), _gather(keys, batch.key_rows, num_tiles, acc), call.scale
-        )
+        scores = _scores(_gather_queries(q_THD, batch, acc), _gather(keys, batch.key_rows, num_tiles, acc), call.scale)
         batch.mask_out_(scores, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         if batch.seen_NM1 is not None:  # a row that sees nothing has only -inf
@@ -146,18 +145,17 @@ def backward_steps(
     """
     acc = grads.dq.dtype
     shape = Shape.of(q_THD, k_SKD)
-    queries, douts = _rows(q_THD, acc), _rows(grads.dout_THD, acc)
-    lse, delta = _rows(grads.lse_TH.unsqueeze(-1), acc), _rows(grads.delta_TH.unsqueeze(-1), acc)
     keys, values = k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
     dk, dv = grads.dk_SKD.flatten(0, 1), grads.dv_SKD.flatten(0, 1)
     for batch in _batches(steps, call, shape, q_THD.device, None):
         num_tiles = batch.num_tiles
-        q, dout = (_gather(x, batch.rows, num_tiles, acc) for x in (queries, douts))
+        q, dout = (_gather_queries(x, batch, acc) for x in (q_THD, grads.dout_THD))
+        lse, delta = (_gather_queries(x, batch, acc) for x in (grads.lse_TH, grads.delta_TH))
         k, v = (_gather(x, batch.key_rows, num_tiles, acc) for x in (keys, values))
-        weights = _scores(q, k, call.scale).sub_(_gather(lse, batch.rows, num_tiles, acc)).exp_()
+        weights = _scores(q, k, call.scale).sub_(lse).exp_()
         batch.mask_out_(weights, 0.0)
         add_rows_(dv, batch.key_rows, torch.bmm(weights.mT, dout).flatten(0, 1))
-        dscores = torch.bmm(dout, v.mT).sub_(_gather(delta, batch.rows, num_tiles, acc)).mul_(weights)
+        dscores = torch.bmm(dout, v.mT).sub_(delta).mul_(weights)
         dq_tile = torch.baddbmm(q.new_empty(()), dscores, k, beta=0, alpha=call.scale)
         grads.dq.index_add_(0, batch.rows, dq_tile.flatten(0, 1))  # rows stand once a step, the spare row aside
         dk_tile = torch.baddbmm(q.new_empty(()), dscores.mT, q, beta=0, alpha=call.scale)

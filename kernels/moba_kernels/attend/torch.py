@@ -26,14 +26,18 @@ from ..report import PairTally, Partial
 from . import fused
 from .blocks import Block, causal_blocks
 from .call import AttendCall, accumulate_dtype
-from .lists import ChunkList, chunk_lists
+from .lists import ChunkList, average_list, chunk_lists
 from .steps import Shape, Step, causal_steps, host_positions, pick_steps, visible_keys
 from .sums import Gradients, Sums
 from .tiles import backward_steps, forward_steps
 
-# Memory that a call takes beyond inputs, results and, for inputs that are not fp32, fp32 copies of both: gathered
-# rows and tiles, sorted picks, scores. Independent of the density; the tests hold every density to it.
+# Memory that a call takes beyond inputs, results (in fp32 where they are narrower) and the stored routing: gathered
+# rows and tiles, sorted picks, scores. Independent of the density; the tests hold every density to it. What comes with
+# every (query, head) is BYTES_OF_ROW: positions, lse, delta and its stand-in in the backward. Picks that go by tiles
+# (short lists, or head dims that differ) take BYTES_OF_PICK each on top.
 SCRATCH_BYTES = 160 << 20
+BYTES_OF_ROW = 32
+BYTES_OF_PICK = 8
 # Below this many pairs a list is not worth a call of its own; tiles of many lists then share a GEMM.
 MIN_PAIRS_OF_LIST = 1 << 15
 
@@ -81,9 +85,11 @@ def _long_lists(call: AttendCall, shape: Shape, key_edges_C: IntArray) -> bool:
     """Decided by sizes known beforehand, never by the picks."""
     assert call.routing is not None
     keys_of = np.diff(key_edges_C)
-    num_lists = int((keys_of > 0).sum()) * shape.num_kv_heads
-    entries = shape.num_queries * shape.num_heads * call.routing.stored.shape[2]
-    return entries * int(keys_of.max()) >= MIN_PAIRS_OF_LIST * max(1, num_lists)
+    group, slots = shape.num_heads // shape.num_kv_heads, call.routing.stored.shape[2]
+    if not slots:
+        return False
+    average = average_list(shape.num_queries, group, slots, int((keys_of > 0).sum()))
+    return average * int(keys_of.max()) >= MIN_PAIRS_OF_LIST
 
 
 def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, tally: PairTally | None) -> Partial:

@@ -83,7 +83,7 @@ def causal_forward(  # type: ignore[no-untyped-def]
     tl.store(lse + query * stride_lt + head, log_sum, mask=valid)
     program = kv.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(attended + program, tl.sum(tl.where(valid, seen - first, 0).to(tl.int64), 0))
-    tl.store(scored + program, (tl.cdiv(stop - first, N) * (M * N)).to(tl.int64))
+    tl.store(scored + program, tl.cdiv(stop - first, N).to(tl.int64) * (M * N))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_UNALIGNED)

@@ -117,21 +117,32 @@ def uses_descriptors(head_dim: int, value_dim: int, dtype: torch.dtype, target: 
 
 def key_blocks(k: Tensor, v: Tensor, tile: Tile, target: int) -> tuple[Any, Any]:
     """Tensor descriptors of k [S,K,D] and v [S,K,V], or (None, None) where they do not serve: then pointers do."""
-    aligned = all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.shape[0] and x.stride(1) >= x.shape[2]
-        for x in (k, v)
-    )
-    if not aligned or not uses_descriptors(k.shape[2], v.shape[2], k.dtype, target):
+    if not uses_descriptors(k.shape[2], v.shape[2], k.dtype, target) or not (_is_matrix(k) and _is_matrix(v)):
         return None, None
     return tuple(  # type: ignore[return-value]
         TensorDescriptor(
             x,
-            shape=[x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]],
+            shape=[x.shape[0], _columns(x)],
             strides=[x.stride(0), 1],
             block_shape=[tile.block_n, x.shape[2]],
         )
         for x in (k, v)
     )
+
+
+def _columns(x: Tensor) -> int:
+    """From the first head's first column to one past the last head's last."""
+    return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Is x [tokens, heads, dim] a matrix of token rows that a descriptor can hold.
+
+    Its rows must not overlap: of keys laid out head by head the columns would span all tokens, and a head's first
+    column may not fit the 32 bits of a coordinate.
+    """
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.shape[0] > 0 and aligned and x.stride(1) >= x.shape[2] and _columns(x) <= x.stride(0)
 
 
 def variant(

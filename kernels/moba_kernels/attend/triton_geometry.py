@@ -36,8 +36,8 @@ def device_geometry(call: AttendCall, device: torch.device) -> DeviceGeometry:
     segments = call.segments
     edges, covered_C = segments.tensors(device)
     token_T = torch.arange(call.pack.num_tokens, device=device)
-    query_T = token_T if call.q_positions is None else call.q_positions
-    key_S = token_T if call.k_positions is None else call.k_positions
+    query_T = token_T if call.q_positions is None else call.q_positions.to(device)
+    key_S = token_T if call.k_positions is None else call.k_positions.to(device)
     if call.routing is None:
         chunk_edges = edges.new_zeros(1)
         picking_T = torch.zeros(query_T.shape, dtype=torch.bool, device=device)

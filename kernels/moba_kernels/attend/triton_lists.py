@@ -122,7 +122,7 @@ def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int)
 
     Args:
         stored_TRP: `Routing.stored` of these queries and of the routing heads of these KV heads; R / num_kv_heads is
-            H/K under select="head" and 1 under "group". A view may have any strides but a contiguous last dim.
+            H/K under select="head" and 1 under "group". Any strides; copied unless the last dim is contiguous.
         geometry: its picking_T is that of these queries.
     Scratch: 4 bytes an entry and 12 a count, MAX_COUNTS counts or one a list, whichever is more.
     """
@@ -136,6 +136,7 @@ def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int)
     counts = torch.zeros(num_lists, num_parts, dtype=torch.int32, device=device)
     entries = torch.empty(num_kv_heads * num_pairs * num_slots, dtype=torch.int32, device=device)
     picks = stored_TRP.view(torch.int16) if stored_TRP.dtype == torch.uint16 else stored_TRP
+    picks = picks if picks.stride(2) == 1 else picks.contiguous()
     picking = geometry.picking_T.view(torch.int8)
     sizes = (num_pairs, part_pairs, num_parts, geometry.num_chunks, num_slots, picks.stride(0), picks.stride(1))
     grid = (triton.cdiv(num_pairs, COUNTED_PAIRS), num_kv_heads, num_slots)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..derivative import refuse_second_derivative
 from ..errors import BackendError, bad_argument
+from ..triton_support import on_device_of, refuse, require_triton
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 MAX_WIDTH = 8
@@ -70,14 +71,16 @@ class _KeyConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(k, weight, halos, document_offset)
         ctx.lengths, ctx.form = lengths, form
-        out: Tensor = form.convolve(k, weight, halos, document_offset, lengths)
+        with on_device_of(k):
+            out: Tensor = form.convolve(k, weight, halos, document_offset, lengths)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         refuse_second_derivative("key_conv")
         k, weight, halos, document_offset = ctx.saved_tensors
-        dk, dweight, dhalos = ctx.form.convolve_backward(dout, k, weight, halos, document_offset, ctx.lengths)
+        with on_device_of(k):
+            dk, dweight, dhalos = ctx.form.convolve_backward(dout, k, weight, halos, document_offset, ctx.lengths)
         return dk, dweight.to(weight.dtype), dhalos.to(halos.dtype), None, None, None
 
 
@@ -100,8 +103,6 @@ def _module(backend: str, k: Tensor) -> ModuleType:
 
 
 def _triton_form(k: Tensor) -> ModuleType:
-    from ..triton_support import refuse, require_triton
-
     require_triton()
     reasons = refuse(k)
     if reasons:

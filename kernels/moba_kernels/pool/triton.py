@@ -69,6 +69,7 @@ def pool_sums(k_SKD: Tensor, *, pack: Pack, chunk_size: int, k_positions: Tensor
     keys = k_SKD if k_SKD.stride(2) == 1 else k_SKD.contiguous()
     tensors = geometry.tensors(k_SKD.device)
     bounds_C = torch.cat((tensors.start_C, tensors.end_C[-1:]))  # chunks tile the row
+    k_positions = None if k_positions is None else k_positions.to(k_SKD.device)
     edges_C = bounds_C if k_positions is None else torch.searchsorted(k_positions, bounds_C)
     if int((geometry.end_C - geometry.start_C).max()) <= PART:
         _launch_slices(keys, edges_C, sums)

@@ -37,16 +37,18 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
     num_queries, num_heads, _ = q_THD.shape
     num_kv_heads = mean_CKD.shape[1]
     routed, kept = spec.routed_heads(num_heads, num_kv_heads), stored_picks(spec, pack)
-    picks = torch.full((num_queries, routed, kept), -1, dtype=torch.int32, device=q_THD.device)
+    picks = Routing.nothing(num_queries, routed, kept, spec, pack, q_THD.device)
     if kept and num_queries:
         geometry = pack.chunks(spec.chunk_size).tensors(q_THD.device)
         own_T = geometry.chunk_of_token_T if q_positions is None else geometry.chunk_of_token_T[q_positions]
         first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
         own, first = own_T.cpu().numpy(), first_T.cpu().numpy()  # one host read off the CPU
-        for batch in _batches(own, first, routed):
+        for batch in _batches(own, first, routed, q_THD.shape[2]):
             rows = slice(batch.begin, batch.begin + len(batch.low_N) * batch.block_q)
             picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], batch, kept)
-    return Routing(picks, spec, pack, q_positions, complete=True)
+    return Routing(
+        picks.view(torch.uint16) if picks.dtype == torch.int16 else picks, spec, pack, q_positions, complete=True
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Batch:
     """Chunks from low on that any query of any block may pick."""
 
 
-def _batches(own: IntArray, first: IntArray, routed: int) -> Iterator[Batch]:
+def _batches(own: IntArray, first: IntArray, routed: int, dim: int) -> Iterator[Batch]:
     """Batches whose padded scores fit the scratch. Blocks without a candidate are left out."""
     widest = int((own - first).max())
     block_q = min(MAX_BLOCK_Q, max(1, SCRATCH_ELEMENTS // max(1, routed * widest)))
@@ -76,7 +78,8 @@ def _batches(own: IntArray, first: IntArray, routed: int) -> Iterator[Batch]:
         while end < len(widths):
             wider = max(width, widths[end])
             short = end == whole  # the last block, if it is a short one, comes alone
-            if end > begin and (short or (end + 1 - begin) * wider * routed * block_q > SCRATCH_ELEMENTS):
+            of_block = max(wider, dim // 4) * routed * block_q  # scores, or a quarter of the queries in fp64
+            if end > begin and (short or (end + 1 - begin) * of_block > SCRATCH_ELEMENTS):
                 break
             width, end = wider, end + 1
         if width:

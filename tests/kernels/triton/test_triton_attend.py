@@ -16,7 +16,7 @@ from moba_kernels import (
     random_routing,
 )
 from moba_kernels.attend import triton as backend
-from moba_kernels.attend import triton_causal, triton_lists, triton_picks
+from moba_kernels.attend import triton_causal, triton_config, triton_lists, triton_picks
 from moba_kernels.attend.call import AttendCall
 from moba_kernels.attend.reference import mask_of_head
 from tests.kernels.inputs import assert_close, make_qkv
@@ -308,6 +308,21 @@ def test_views_with_strides_give_the_same():
     got = torch.autograd.grad(out, leaves, alike)
     want_grads = run(q, k, v, alike.contiguous(), spec, pack, routing)[1:]
     assert all(torch.equal(a, b) for a, b in zip(got, want_grads, strict=True))
+
+
+def test_keys_laid_out_head_by_head_take_no_descriptor_and_give_the_same():
+    cu, spec = [0, 70], MoBA(32, 2)
+    pack = Pack(cu)
+    q, k, v, _ = make_qkv(cu, dim=32, dtype=BF16)
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v)]
+    tile = triton_config.tile_of("causal forward", 32, 32, BF16, 90, short=True)
+    assert triton_config.key_blocks(*by_head, tile, 90) == (None, None)
+    described, _ = triton_config.key_blocks(k, v, tile, 90)
+    assert described is None or (described.shape, described.strides) == ([70, 2 * 32], [2 * 32, 1])
+    routing = routing_of(spec, pack, 4, 2)
+    want = attend(q, k, v, spec, cu_seqlens=pack, routing=routing, backend="triton")
+    got = attend(q, *by_head, spec, cu_seqlens=pack, routing=routing, backend="triton")
+    assert torch.equal(got.out, want.out) and torch.equal(got.lse, want.lse)
 
 
 def test_large_scores_neither_overflow_nor_lose_the_sum():

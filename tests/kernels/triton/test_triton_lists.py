@@ -105,3 +105,11 @@ def test_a_part_of_the_heads_may_be_a_view_with_strides():
     part = routing.of_kv_heads(1, 2, 2)
     assert not part.stored.is_contiguous()
     check(part, 1)
+
+
+def test_picks_that_lie_slot_by_slot_in_memory_give_the_same_lists():
+    routing = picks_of(MoBA(16, 3))
+    ids = routing.chunk_ids.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    strided = Routing.from_chunk_ids(ids, routing.spec, routing.pack)
+    assert strided.stored.stride(2) != 1 and strided.equals(routing)
+    check(strided, 2)
