@@ -27,7 +27,9 @@ from moba_kernels import Full, MoBA, Pack, attend
 from moba_kernels.attend import flash
 from moba_kernels.attend import torch as torch_backend
 
-TOKENS, HEADS, KV_HEADS, DIM = 16384, 4, 2, 64
+TOKENS = 16384
+# (query heads, KV heads, head dim)
+NARROW, WIDE = (4, 2, 64), (32, 8, 128)
 MIB = 1 << 20
 # What a call may take beyond inputs and results, as each backend documents it.
 SCRATCH = {"torch": torch_backend.SCRATCH_BYTES, "flash": flash.SCRATCH_BYTES}
@@ -41,10 +43,13 @@ def spec_of(name: str) -> Full | MoBA:
 
 
 def forward_backward(tokens: int, name: str, backend: str) -> dict[str, float]:
-    """One attention with gradients; its density and the peak beyond inputs and results, in bytes."""
-    pack, spec = Pack([0, tokens]), spec_of(name)
-    q, dout = (torch.randn(tokens, HEADS, DIM) for _ in range(2))
-    k, v = (torch.randn(tokens, KV_HEADS, DIM) for _ in range(2))
+    """One attention with gradients; its density and the peak beyond inputs and results, in bytes. name: a density,
+    with "wide:" before it for many heads."""
+    kind, _, density = name.rpartition(":")
+    heads, kv_heads, dim = WIDE if kind == "wide" else NARROW
+    pack, spec = Pack([0, tokens]), spec_of(density)
+    q, dout = (torch.randn(tokens, heads, dim) for _ in range(2))
+    k, v = (torch.randn(tokens, kv_heads, dim) for _ in range(2))
     results = [torch.ones_like(x) for x in (q, q[..., 0], q, k, v)]  # out, lse, dq, dk, dv
     before = status_bytes("VmRSS")
     del results
@@ -124,6 +129,16 @@ def test_the_order_of_running_does_not_matter(measured):
     for name, taken in one_way.items():
         other = other_way[name]
         assert abs(taken - other) <= 4 * MIB, f"{name}: {taken / MIB:.1f} and {other / MIB:.1f} MiB"
+
+
+@pytest.mark.parametrize("name", ["wide:512x4", "wide:16x4"], ids=["lists", "tiles"])
+def test_scratch_of_a_wide_model_stays_under_the_documented_bound(name):
+    tokens, heads, picks = 4096, WIDE[0], 3
+    (line,) = measure("torch", name, tokens=tokens)
+    of_rows = tokens * heads * (torch_backend.BYTES_OF_ROW + picks * (2 + torch_backend.BYTES_OF_PICK))
+    assert line["bytes"] <= torch_backend.SCRATCH_BYTES + of_rows
+    # A copy of q, or scores of all queries and chunks, would be 64 MiB and more beyond what it takes.
+    assert line["bytes"] >= 16 * MIB
 
 
 def test_the_meter_sees_a_dense_score_matrix():

@@ -12,13 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_math import TRITON_TYPE, Variant
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before Triton 3.4
-    TensorDescriptor = None
 
 Kind = Literal["causal forward", "causal dq", "picks forward", "picks dq"]
 
@@ -112,7 +108,7 @@ _SHORT: Mapping[tuple[int, int], Mapping[Kind, Tile]] = {
 def uses_descriptors(head_dim: int, value_dim: int, dtype: torch.dtype, target: int) -> bool:
     """Do whole key blocks come through tensor descriptors (TMA)? Their columns are exactly a head's."""
     exact = head_dim == padded(head_dim) and value_dim == padded(value_dim)
-    return TensorDescriptor is not None and target >= 90 and exact and dtype != torch.float32
+    return target >= 90 and exact and dtype != torch.float32
 
 
 def key_blocks(k: Tensor, v: Tensor, tile: Tile, target: int) -> tuple[Any, Any]:
