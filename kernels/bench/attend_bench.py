@@ -142,6 +142,8 @@ def pass_gate(bench: Bench) -> bool:
     device = bench.options.device
     backends = [bench.options.backend]
     checked = [shapes.small_of(s, LARGEST_GATE_CHUNK[device]) for s in bench.shapes]
+    if device == "cpu" and any(s.tokens >= shapes.LONG_GATE.tokens for s in bench.shapes):
+        checked.append(shapes.LONG_GATE)
     if bench.options.backend != "flash" and any(s.paper for s in bench.shapes):
         reason = contestants.why_not("flash", parity.make_inputs(checked[0], device))
         backends += ["flash"] if reason is None else []

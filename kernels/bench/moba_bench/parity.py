@@ -23,6 +23,8 @@ from .shapes import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_ERROR_RATIO = 2.0
+# Room on top, in units of the largest element: the largest fp32 error sits in a few rows, and its ratio is noisy.
+FP32_ULPS = 8 * 2.0**-23
 LARGEST_SHARE_OF_TIES = 1e-4
 
 
@@ -84,7 +86,8 @@ def check_parity(shape: Shape, backend: str, device: str, seed: int = 0, value_d
         error, *peers = (float((x[i].detach().cpu().double() - exact[i]).abs().max()) for x in (got, *usual))
         allowed = max(peers)
         worst = max(worst, error / allowed if allowed else (0.0 if error == 0 else float("inf")))
-        if not error <= LARGEST_ERROR_RATIO * allowed:  # NaN fails
+        room = FP32_ULPS * float(exact[i].abs().max())
+        if not error <= LARGEST_ERROR_RATIO * allowed + room:  # NaN fails
             problems.append(f"{name}: error {error:.3g}, the plain way's is {allowed:.3g}")
     return Parity(not problems, tuple(problems), worst, near_ties)
 

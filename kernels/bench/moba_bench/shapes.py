@@ -131,6 +131,10 @@ def small_of(shape: Shape, largest_chunk: int) -> Shape:
     )
 
 
+LONG_GATE = Shape((4300,), 4, 2, 64, 512, 4)
+"""On a CPU, backends take other ways for long rows (moba_kernels/attend/fused.py): the gate must go them too."""
+
+
 def cpu_shapes() -> tuple[Shape, ...]:
     """fp32 on a few cores. Dense attention and the paper's algorithm stop where one run would take minutes."""
     main = Shape((32768,), 8, 2, 64, 512, 4)
