@@ -40,6 +40,7 @@ def check_against_oracle(cu, spec, tolerance=1e-12, scale=None, backends=BACKEND
             assert_close(got, expected, 10 * tolerance)
         assert result.report.backend == backend
         assert result.report.planned_pairs == result.report.computed_pairs == want.pairs
+        assert result.report.scored_pairs >= want.pairs
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

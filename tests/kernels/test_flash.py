@@ -16,26 +16,14 @@ from moba_kernels.attend.flash_aten import CpuKernels, CudaKernels, device_lists
 from moba_kernels.attend.flash_attn_package import PackageKernels
 from moba_kernels.attend.flash_lists import Lists
 
-from . import oracle, parity, test_attend, test_partial
-from .inputs import ROWS, as_numpy, assert_close, assert_same_choice, ids_to_chosen, make_qkv, moba_tuple
+from . import parity, test_attend, test_partial
+from .inputs import ROWS, assert_close, make_qkv
 
 SPECS = [Full(), MoBA(8, 1), MoBA(8, 3), MoBA(8, 3, "group"), MoBA(5, 2), MoBA(16, 50)]
 
 
-def check_against_oracle(cu, spec, tolerance=1e-12, **shape):
-    q, k, v, dout = make_qkv(cu, **shape)
-    result, *grads = test_attend.run(q, k, v, dout, spec, cu, backend="flash", return_routing=True)
-    chosen = None
-    if isinstance(spec, MoBA):
-        assert_same_choice(result.routing, q, k, cu)
-        chosen = ids_to_chosen(result.routing)
-    want = oracle.attend(*as_numpy(q, k, v), cu, moba_tuple(spec), None, dout.numpy(), chosen)
-    expected = (want.out, want.lse, want.dq, want.dk, want.dv)
-    for got, exact in zip((result.out, result.lse, *grads), expected, strict=True):
-        assert_close(got, exact, tolerance)
-    assert result.report.backend == "flash"
-    assert result.report.planned_pairs == result.report.computed_pairs == want.pairs
-    assert result.report.scored_pairs >= want.pairs
+def check_against_oracle(cu, spec, **shape):
+    test_attend.check_against_oracle(cu, spec, backends=["flash"], **shape)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..pack import Pack, Segments
+from ..pack import IntArray, Pack, Segments
 from ..routing import Routing
 from ..spec import Full
 
@@ -35,3 +36,10 @@ class AttendCall:
 def accumulate_dtype(q: Tensor) -> torch.dtype:
     """fp64 inputs stay fp64 throughout (so that gradcheck works); everything else accumulates and publishes fp32."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def host_positions(positions: Tensor | None, num_tokens: int) -> IntArray:
+    """Positions as a host array (one read off the CPU)."""
+    if positions is None:
+        return np.arange(num_tokens, dtype=np.int64)
+    return positions.detach().cpu().numpy().astype(np.int64, copy=False)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..pack import IntArray
 from ..routing import Routing
-from .call import AttendCall
+from .call import AttendCall, host_positions
 
 # Flash kernels do not tell what they multiply out; their tiles are about this many queries by this many keys.
 TILE = 128
@@ -104,13 +104,6 @@ class PickBatch:
     head_N: Tensor
     keys: slice | Tensor
     lists: Lists
-
-
-def host_positions(positions: Tensor | None, num_tokens: int) -> IntArray:
-    """Positions as a host array (one read off the CPU)."""
-    if positions is None:
-        return np.arange(num_tokens, dtype=np.int64)
-    return positions.detach().cpu().numpy()
 
 
 def causal_pieces(call: AttendCall, limit: int) -> Iterator[Piece]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..pack import IntArray
-from .call import AttendCall
+from .call import AttendCall, host_positions
 
 # Tile shapes for CPU GEMMs: rows enough to amortise a slice of keys, slices short enough to waste little at the
 # diagonal. A tile of queries holds this many tokens, times H/K rows each.
@@ -62,13 +62,6 @@ class Shape:
     @property
     def pad_row(self) -> int:
         return self.num_queries * self.num_heads
-
-
-def host_positions(positions: Tensor | None, num_tokens: int) -> IntArray:
-    """Positions as a host array (one read off the CPU)."""
-    if positions is None:
-        return np.arange(num_tokens, dtype=np.int64)
-    return positions.detach().cpu().numpy().astype(np.int64, copy=False)
 
 
 def visible_keys(call: AttendCall) -> IntArray:

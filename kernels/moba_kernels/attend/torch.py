@@ -25,9 +25,9 @@ from ..pack import IntArray
 from ..report import PairTally, Partial
 from . import fused
 from .blocks import Block, causal_blocks
-from .call import AttendCall, accumulate_dtype
+from .call import AttendCall, accumulate_dtype, host_positions
 from .lists import ChunkList, average_list, chunk_lists
-from .steps import Shape, Step, causal_steps, host_positions, pick_steps, visible_keys
+from .steps import Shape, Step, causal_steps, pick_steps, visible_keys
 from .sums import Gradients, Sums
 from .tiles import backward_steps, forward_steps
 
