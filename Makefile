@@ -43,11 +43,11 @@ test-slow: $(READY) ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
 
 .PHONY: parity
-parity: $(READY) ## The operator's whole parity grid against fp64 (about an hour on 2 cores)
+parity: $(READY) ## The whole parity grid of the operator against fp64 (20 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "parity and not gpu" --timeout 14400
 
 .PHONY: aot
-aot: $(READY) ## Compile every Triton kernel for sm_80, sm_90 and sm_100; registers, spills, shared memory (no GPU needed)
+aot: $(READY) ## Compile every Triton kernel for sm_80, sm_90, sm_100: registers, spills, shared memory (no GPU; half an hour and more)
 	@$(BIN)/python -m moba_kernels.aot
 
 .PHONY: bench
