@@ -234,7 +234,8 @@ def key_blocks(head_dim: int, value_dim: int, dtype: torch.dtype, target: int, k
         return KeyBlocks(32, block_n, block_n // 16, 3)
     if dim == 128 and block_n == 32 and target != 80:
         return KeyBlocks(32, 32, 4, 3)
-    if dim == 128 and block_n == 128 and target == 90 and picks:  # the rows of a list take registers
+    masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
+    if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
         return KeyBlocks(32, 128, 8, 4)
     return KeyBlocks(64, block_n, 8 if block_n == 128 or (dim == 128 and block_n == 64) else 4, 3)
 
