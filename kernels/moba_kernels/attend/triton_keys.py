@@ -232,7 +232,7 @@ def key_blocks(head_dim: int, value_dim: int, dtype: torch.dtype, target: int, k
         return KeyBlocks(32, block_n, 8, 2)
     if target == 80 and dim <= 64 and block_n > 32:
         return KeyBlocks(32, block_n, block_n // 16, 3)
-    if dim == 128 and block_n == 32 and target != 80:
+    if dim in (32, 128) and block_n == 32 and target != 80:
         return KeyBlocks(32, 32, 4, 3)
     masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
     if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
