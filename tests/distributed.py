@@ -111,6 +111,7 @@ def _rank_main(
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timeout)
+        dist.barrier()  # a rank that is done at once must not leave while others still connect to it
         message = pickle.dumps((True, fn(rank, n, *args)))
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))

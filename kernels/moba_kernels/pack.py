@@ -6,8 +6,8 @@ document has no chunk, and no chunk crosses a document.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from .errors import bad_argument
 from .spec import AttentionSpec, Full, MoBA
 
 IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 class ChunkTensors(NamedTuple):
@@ -141,6 +142,7 @@ class Pack:
         bounds.setflags(write=False)
         self._chunks: dict[int, ChunkGeometry] = {}
         self._segments: dict[tuple[AttentionSpec, bool], Segments] = {}
+        self._derived: dict[Hashable, Any] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -168,6 +170,14 @@ class Pack:
             self._segments[known] = Segments(self.bounds, counted, geometry)
         return self._segments[known]
 
+    def derived(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What follows from the documents and `key` alone (a cut over ranks, its device copies): built once, kept on
+        this object, left behind when it is pickled."""
+        if key not in self._derived:
+            self._derived[key] = build()
+        kept: T = self._derived[key]
+        return kept
+
     def planned_pairs(self, spec: AttentionSpec) -> int:
         """(query, key) pairs that one query head attends to under `spec`, in closed form."""
         return planned_pairs_of_lengths(np.diff(self.bounds), spec)
@@ -182,6 +192,9 @@ class Pack:
 
     def __hash__(self) -> int:
         return hash(self.cu_seqlens)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}
 
     def __repr__(self) -> str:
         return f"Pack(num_tokens={self.num_tokens}, num_documents={self.num_documents})"

@@ -1,7 +1,8 @@
 """Attention over a row that several ranks hold: the sharded form of `moba_kernels.attend`.
 
     1. MoBA: ranks exchange pooled chunk keys; every local query picks among all chunks of its document (pooled_keys.py)
-    2. a transport brings keys and values to the queries; partial outputs are merged in fp32 (all_gather.py)
+    2. a transport brings keys and values to the queries, or queries to the keys; partial outputs are merged in fp32
+       (one file each: all_gather.py, a2a.py, a2a_all_gather.py, pull.py, route_queries.py)
     3. backward: delta = rowsum(dout * out) and the global log-sum-exp make every part's gradient independent of the
        others; dK and dV are reduced in fp32 and end where their keys live
 
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moba_kernels import (
@@ -38,11 +38,17 @@ from moba_kernels.pack import planned_pairs_of_lengths
 from moba_kernels.ranges import row_dot
 
 from .all_gather import AllGather
-from .pooled_keys import route_context
-from .shard import Layout, shard_length, shard_pieces, shard_positions
-from .transport import ShardedCall, Transport
+from .collectives import all_reduce
+from .cut import Layout, shard_length, shard_pieces
+from .pooled_keys import route_over
+from .rules import refusals
+from .traffic import Traffic
+from .transport import ShardedCall, Transport, device_positions, row_cut
+from .wire import Group, Wire
 
 TRANSPORTS: Mapping[str, Transport] = MappingProxyType({"all_gather": AllGather()})
+# GPUs of a node in the machines that people train on; `context_attend` may be told otherwise.
+NODE_RANKS = 8
 
 
 def context_attend(
@@ -52,12 +58,15 @@ def context_attend(
     spec: AttentionSpec,
     *,
     layout: Layout,
-    group: dist.ProcessGroup | None,
+    group: Group | None,
     transport: str = "auto",
     cu_seqlens: Pack | Sequence[int] | Tensor | None = None,
     softmax_scale: float | None = None,
     routing: Routing | None = None,
     backend: str = "auto",
+    node_ranks: int = NODE_RANKS,
+    layer: int | None = None,
+    traffic: Traffic | None = None,
 ) -> AttendResult:
     """Causal attention, full or MoBA, of this rank's shard over the whole row. Collective over `group`.
 
@@ -66,21 +75,25 @@ def context_attend(
         spec: Full() or MoBA(chunk_size, topk, select).
         layout: how the row is cut (shard.py), any T and any number of ranks.
         group: context-parallel group; None or one rank is `moba_kernels.attend`.
-        transport: "all_gather", or "auto", which is "all_gather".
+        transport: "auto", or one of `rules.TRANSPORT_NAMES`.
         cu_seqlens: documents of the *whole* row: a Pack (built once a row), their cumulative lengths, or None = one
             document (the slow form: ranks add up their lengths first).
         softmax_scale: None = 1/sqrt(D).
         routing: frozen routing of the local queries (activation recompute, controls) in place of the gate's; then no
             keys are pooled or exchanged.
         backend: backend of `moba_kernels`.
+        node_ranks: at most so many consecutive ranks share a node; "a2a+all_gather" exchanges heads among them.
+        layer: named if an exchange breaks off.
+        traffic: counts the bytes that this call exchanges, and its backward pass when it runs.
     Returns:
         AttendResult of the local queries: out [S,H,Dv] in q's dtype, differentiable in q, k, v; lse [S,H] fp32, over
-        the whole row; routing always (None under Full); report (planned and computed pairs of this rank).
-    Raises ValueError when the shard does not have the length that the row, the layout and the rank call for, or for an
-    unknown layout or transport.
+        the whole row; routing always (None under Full); report: pairs planned for the queries of this rank, and pairs
+        computed on this rank, which are equal in the sum over ranks (some transports compute where the keys are).
+    Raises ValueError when the shard does not have the length that the row, the layout and the rank call for, for an
+    unknown layout, and for a transport that is unknown or cannot serve; ExchangeError when an exchange breaks off.
     """
-    chosen = _transport(transport)
     num_ranks = 1 if group is None else group.size()
+    chosen = _transport(transport, spec, q.shape[1], k.shape[1], num_ranks)
     pack = _whole_row(cu_seqlens, q, group)
     if group is None or num_ranks == 1 or pack.num_tokens == 0:
         return attend(
@@ -95,13 +108,16 @@ def context_attend(
             return_routing=True,
         )
     _check_shard(q, k, v, pack, num_ranks, group.rank(), layout)
-    positions = shard_positions(pack.num_tokens, num_ranks, group.rank(), layout)
-    positions_S = torch.from_numpy(positions).to(q.device)
+    wire = Wire(group, Traffic() if traffic is None else traffic, chosen.name, layer)
+    cut = row_cut(pack, num_ranks, layout)
+    positions_S = device_positions(pack, cut, group.rank(), q.device)
     if routing is not None:
         check_routing(routing, spec, pack, q, k.shape[1], positions_S)
     elif isinstance(spec, MoBA):
-        routing = route_context(q, k, spec, layout=layout, group=group, pack=pack, backend=backend)
-    call = ShardedCall(spec, pack, layout, group, positions_S, routing, softmax_scale, backend)
+        routing = route_over(wire, q, k, spec, layout=layout, pack=pack, backend=backend)
+    call = ShardedCall(
+        spec, pack, cut, group.rank(), wire, positions_S, routing, softmax_scale, backend, node_ranks=node_ranks
+    )
     tally = PairTally()
     out, lse = _ContextAttend.apply(q, k, v, call, chosen, tally)  # type: ignore[no-untyped-call]
     planned = planned_pairs_of_shard(pack, spec, num_ranks=num_ranks, rank=group.rank(), layout=layout) * q.shape[1]
@@ -131,31 +147,33 @@ class _ContextAttend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: ShardedCall, transport: Transport, tally: PairTally
     ) -> tuple[Tensor, Tensor]:
-        out, lse = transport.forward(q, k, v, call, tally)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call, ctx.transport = call, transport
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        sent = transport.forward(q, k, v, call, tally)
+        out = sent.out.to(q.dtype)
+        ctx.save_for_backward(out, *sent.saved)
+        ctx.kept, ctx.call, ctx.transport, ctx.dtypes = sent.kept, call, transport, (q.dtype, sent.lse.dtype)
+        ctx.mark_non_differentiable(sent.lse)
+        return out, sent.lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("context_attend")
-        q, k, v, out, lse = ctx.saved_tensors
-        delta = row_dot(dout, out, lse.dtype)
-        dq, dk, dv = ctx.transport.backward(dout, q, k, v, lse, delta, ctx.call)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        out, *saved = ctx.saved_tensors
+        dtype, accumulated = ctx.dtypes
+        delta = row_dot(dout, out, accumulated)
+        dq, dk, dv = ctx.transport.backward(dout, delta, tuple(saved), ctx.kept, ctx.call)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None
 
 
-def _transport(name: str) -> Transport:
-    found = TRANSPORTS.get("all_gather" if name == "auto" else name)
-    if found is None:
-        allowed = ", ".join(repr(known) for known in ("auto", *TRANSPORTS))
-        raise ValueError(f"unknown transport; got {name!r}; allowed: {allowed}; fix: pass transport='auto'")
-    return found
+def _transport(name: str, spec: AttentionSpec, num_heads: int, num_kv_heads: int, num_ranks: int) -> Transport:
+    """The transport of that name. ValueError when it is unknown or cannot serve, with every reason."""
+    name = "all_gather" if name == "auto" else name
+    reasons = refusals(name, spec, num_heads=num_heads, num_kv_heads=num_kv_heads, num_ranks=num_ranks)
+    if reasons:
+        raise ValueError(f"transport {name!r} cannot serve this call: {'; '.join(reasons)}; fix: pass transport='auto'")
+    return TRANSPORTS[name]
 
 
-def _whole_row(cu_seqlens: Pack | Sequence[int] | Tensor | None, q: Tensor, group: dist.ProcessGroup | None) -> Pack:
+def _whole_row(cu_seqlens: Pack | Sequence[int] | Tensor | None, q: Tensor, group: Group | None) -> Pack:
     """The documents of the whole row."""
     if isinstance(cu_seqlens, Pack):
         return cu_seqlens
@@ -163,7 +181,7 @@ def _whole_row(cu_seqlens: Pack | Sequence[int] | Tensor | None, q: Tensor, grou
         return Pack(cu_seqlens)
     length = torch.tensor([q.shape[0]], device=q.device)
     if group is not None and group.size() > 1:
-        dist.all_reduce(length, group=group)
+        all_reduce(length, group=group).wait()
     num_tokens = int(length)
     return Pack([0, num_tokens] if num_tokens else [0])
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moba_kernels.derivative import refuse_second_derivative
 
-from .collectives import all_gather, reduce_scatter
-from .shard import IntArray, Layout, piece_bounds, piece_owners, shard_length, shard_pieces
+from .cut import IntArray, Layout, piece_bounds, piece_owners, shard_length, shard_pieces
+from .traffic import Traffic
+from .wire import Group, Wire
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,24 @@ def halo_plan(num_tokens: int, halo: int, *, num_ranks: int, rank: int, layout: 
     return HaloPlan(np.concatenate(sent).astype(np.int64), np.concatenate(taken).astype(np.int64))
 
 
-def key_halo(x: Tensor, halo: int, *, num_tokens: int, layout: Layout, group: dist.ProcessGroup | None) -> Tensor:
+def key_halo(
+    x: Tensor,
+    halo: int,
+    *,
+    num_tokens: int,
+    layout: Layout,
+    group: Group | None,
+    layer: int | None = None,
+    traffic: Traffic | None = None,
+) -> Tensor:
     """The `halo` tokens before each piece of this rank's shard. Collective over `group`; differentiable in `x`.
 
     Args:
         x: [S, ...] this rank's shard of a row of `num_tokens` tokens (keys, before the convolution); S may be 0.
         halo: tokens wanted before each piece, >= 0: the width of the convolution - 1.
         group: context-parallel group; None or one rank: the halo of a piece is the end of the piece before it.
+        layer: named if the exchange breaks off.
+        traffic: counts the bytes.
     Returns:
         [P, halo, ...] in x's dtype, pieces in token order as `shard_pieces` lists them; zeros before the row begins.
         Gradients reach the rank that owns the token, added up in fp32.
@@ -76,33 +87,34 @@ def key_halo(x: Tensor, halo: int, *, num_tokens: int, layout: Layout, group: di
     if halo == 0:
         return x.new_empty((len(shard_pieces(num_tokens, num_ranks, rank, layout)), 0, *x.shape[1:]))
     plan = halo_plan(num_tokens, halo, num_ranks=num_ranks, rank=rank, layout=layout)
-    out: Tensor = _KeyHalo.apply(x, plan, halo, group)  # type: ignore[no-untyped-call]
+    wire = None
+    if group is not None and num_ranks > 1:
+        wire = Wire(group, Traffic() if traffic is None else traffic, "halo", layer)
+    out: Tensor = _KeyHalo.apply(x, plan, halo, wire)  # type: ignore[no-untyped-call]
     return out
 
 
 class _KeyHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: HaloPlan, halo: int, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.plan, ctx.group, ctx.shape, ctx.dtype = plan, group, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, plan: HaloPlan, halo: int, wire: Wire | None) -> Tensor:
+        ctx.plan, ctx.wire, ctx.shape, ctx.dtype = plan, wire, x.shape, x.dtype
         sent = _take(x, plan.sent)
         table = sent
-        if group is not None and group.size() > 1 and sent.numel():
-            table = sent.new_empty((group.size() * len(plan.sent), *sent.shape[1:]))
-            all_gather(table, sent, group=group).wait()
+        if wire is not None and sent.numel():
+            table = wire.all_gather(sent, phase="forward/halo").wait().flatten(0, 1)
         return _take(table, plan.taken).view(len(plan.taken) // halo, halo, *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, dhalo: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("key_halo")
-        plan, group = ctx.plan, ctx.group
-        num_ranks = 1 if group is None else group.size()
+        plan, wire = ctx.plan, ctx.wire
+        num_ranks = 1 if wire is None else wire.size
         accumulate = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         dtable = dhalo.new_zeros((num_ranks * len(plan.sent), *ctx.shape[1:]), dtype=accumulate)
         _put_(dtable, plan.taken, dhalo.flatten(0, 1).to(accumulate))
         dsent = dtable
-        if num_ranks > 1 and dtable.numel():
-            dsent = dtable.new_empty((len(plan.sent), *ctx.shape[1:]))
-            reduce_scatter(dsent, dtable, group=group).wait()
+        if wire is not None and dtable.numel():
+            dsent = wire.reduce_scatter(dtable.view(num_ranks, -1, *ctx.shape[1:]), phase="backward/halo").wait()
         dx = dhalo.new_zeros(ctx.shape, dtype=accumulate)
         _put_(dx, plan.sent, dsent)
         return dx.to(ctx.dtype), None, None, None

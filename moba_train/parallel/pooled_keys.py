@@ -19,13 +19,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moba_kernels import MoBA, Pack, Routing, mean_keys, pool_sums, route_means
 
-from .collectives import all_gather
-from .shard import IntArray, Layout, pad_rows, piece_bounds, piece_owners, shard_positions
+from .cut import IntArray, Layout, piece_bounds, piece_owners
+from .shard import pad_rows
+from .transport import device_positions, row_cut
+from .wire import Group, Wire
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,43 @@ def chunk_owners(pack: Pack, chunk_size: int, *, num_ranks: int, layout: Layout)
     return ChunkOwners(np.where(changes[first_C] == changes[last_C], owners[first_C], -1), num_ranks)
 
 
+@dataclass(frozen=True)
+class ExchangePlan:
+    """`ChunkOwners` as one rank uses them, index arrays on its device."""
+
+    owners: ChunkOwners
+    whole: Tensor
+    """Ids of the chunks that lie wholly on this rank."""
+    straddling: Tensor
+    """[E] ids of the chunks that no rank holds whole."""
+    count_E: Tensor
+    """[E] int64: their tokens."""
+    rows_C: Tensor
+    """[C]: where each mean stands in [N*W + E]."""
+
+
+def exchange_plan(
+    pack: Pack, chunk_size: int, *, num_ranks: int, rank: int, layout: Layout, device: torch.device
+) -> ExchangePlan:
+    """The plan of `rank`; made once per row, so that no layer waits for a copy to the device."""
+
+    def build() -> ExchangePlan:
+        owners = chunk_owners(pack, chunk_size, num_ranks=num_ranks, layout=layout)
+        geometry = pack.chunks(chunk_size)
+        counts = (geometry.end_C - geometry.start_C)[owners.straddling]
+        arrays = (owners.whole_on(rank), owners.straddling, counts, owners.rows_of_exchange())
+        return ExchangePlan(owners, *(torch.from_numpy(array).to(device) for array in arrays))
+
+    return pack.derived(("pooled keys", chunk_size, num_ranks, rank, layout, device), build)
+
+
 def route_context(
     q: Tensor,
     k: Tensor,
     spec: MoBA,
     *,
     layout: Layout,
-    group: dist.ProcessGroup | None,
+    group: Group | None,
     pack: Pack,
     backend: str = "auto",
 ) -> Routing:
@@ -92,50 +123,47 @@ def route_context(
     if group is None or group.size() == 1:
         sums, counts = pool_sums(k, pack=pack, chunk_size=spec.chunk_size, backend=backend)
         return route_means(q, mean_keys(sums, counts), spec, pack=pack, backend=backend)
-    positions = shard_positions(pack.num_tokens, group.size(), group.rank(), layout)
-    positions_S = torch.from_numpy(positions).to(q.device)
-    mean_CKD = global_means(k, spec, layout=layout, group=group, pack=pack, positions_S=positions_S, backend=backend)
+    return route_over(Wire(group, transport="pooled keys"), q, k, spec, layout=layout, pack=pack, backend=backend)
+
+
+def route_over(
+    wire: Wire, q: Tensor, k: Tensor, spec: MoBA, *, layout: Layout, pack: Pack, backend: str = "auto"
+) -> Routing:
+    """`route_context` over a wire that counts the bytes and names the layer."""
+    positions_S = device_positions(pack, row_cut(pack, wire.size, layout), wire.rank, q.device)
+    mean_CKD = global_means(wire, k, spec, layout=layout, pack=pack, positions_S=positions_S, backend=backend)
     return route_means(q, mean_CKD, spec, pack=pack, q_positions=positions_S, backend=backend)
 
 
 @torch.no_grad()
 def global_means(
+    wire: Wire,
     k_SKD: Tensor,
     spec: MoBA,
     *,
     layout: Layout,
-    group: dist.ProcessGroup,
     pack: Pack,
     positions_S: Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """fp32 [C,K,D]: the mean key of every chunk of the row, the same on every rank. Collective over `group`."""
-    owners = chunk_owners(pack, spec.chunk_size, num_ranks=group.size(), layout=layout)
+    """fp32 [C,K,D]: the mean key of every chunk of the row, the same on every rank. Collective over the wire."""
+    plan = exchange_plan(pack, spec.chunk_size, num_ranks=wire.size, rank=wire.rank, layout=layout, device=k_SKD.device)
     sum_CKD, count_C = pool_sums(k_SKD, pack=pack, chunk_size=spec.chunk_size, k_positions=positions_S, backend=backend)
-    sent_WKD, sum_EKD = contribution(sum_CKD, count_C, owners, group.rank())
-    received = sent_WKD.new_empty((group.size() * sent_WKD.shape[0], *sent_WKD.shape[1:]))
+    sent_WKD, sum_EKD = contribution(sum_CKD, count_C, plan)
     # Both exchanges are under way before either is waited for; an empty one is skipped on all ranks alike.
-    pending = []
-    if sum_EKD.shape[0]:
-        pending.append(dist.all_reduce(sum_EKD, group=group, async_op=True))
-    if sent_WKD.shape[0]:
-        pending.append(all_gather(received, sent_WKD, group=group))
-    for work in pending:
-        work.wait()
-    return assemble(received, sum_EKD, owners, pack, spec.chunk_size)
+    summed = wire.all_reduce(sum_EKD, phase="forward/straddling_keys") if sum_EKD.shape[0] else None
+    gathered = wire.all_gather(sent_WKD, phase="forward/pooled_keys") if sent_WKD.shape[0] else None
+    total = sum_EKD if summed is None else summed.wait()
+    received = sent_WKD if gathered is None else gathered.wait().flatten(0, 1)
+    return assemble(received, total, plan)
 
 
-def contribution(sum_CKD: Tensor, count_C: Tensor, owners: ChunkOwners, rank: int) -> tuple[Tensor, Tensor]:
-    """What `rank` puts in: fp32 [W,K,D] means of its whole chunks, padded; fp64 [E,K,D] its sums of straddling ones."""
-    device = sum_CKD.device
-    whole = torch.from_numpy(owners.whole_on(rank)).to(device)
-    means = mean_keys(sum_CKD[whole], count_C[whole])
-    return pad_rows(means, owners.most_whole), sum_CKD[torch.from_numpy(owners.straddling).to(device)]
+def contribution(sum_CKD: Tensor, count_C: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
+    """What a rank puts in: fp32 [W,K,D] means of its whole chunks, padded; fp64 [E,K,D] its sums of straddling ones."""
+    means = mean_keys(sum_CKD[plan.whole], count_C[plan.whole])
+    return pad_rows(means, plan.owners.most_whole), sum_CKD[plan.straddling]
 
 
-def assemble(received: Tensor, sum_EKD: Tensor, owners: ChunkOwners, pack: Pack, chunk_size: int) -> Tensor:
+def assemble(received: Tensor, sum_EKD: Tensor, plan: ExchangePlan) -> Tensor:
     """fp32 [C,K,D] from the gathered means of all ranks [N*W,K,D] and the total sums of straddling chunks [E,K,D]."""
-    geometry = pack.chunks(chunk_size)
-    count_E = (geometry.end_C - geometry.start_C)[owners.straddling]
-    means = torch.cat([received, mean_keys(sum_EKD, torch.from_numpy(count_E).to(sum_EKD.device))])
-    return means[torch.from_numpy(owners.rows_of_exchange()).to(means.device)]
+    return torch.cat([received, mean_keys(sum_EKD, plan.count_E)])[plan.rows_C]

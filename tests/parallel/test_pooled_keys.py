@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba_kernels import Pack, mean_keys, pool_sums
-from moba_train.parallel.pooled_keys import assemble, chunk_owners, contribution
+from moba_train.parallel.pooled_keys import assemble, chunk_owners, contribution, exchange_plan
 from moba_train.parallel.shard import Layout, shard, shard_positions
 
 layouts = st.sampled_from(("zigzag", "contiguous"))
@@ -25,16 +25,17 @@ def _pack(documents: list[int]) -> Pack:
 
 def _emulated_means(k: torch.Tensor, pack: Pack, chunk_size: int, num_ranks: int, layout: Layout) -> torch.Tensor:
     """The exchange of all ranks, one after the other: gather = concatenate, reduce = add up."""
-    owners = chunk_owners(pack, chunk_size, num_ranks=num_ranks, layout=layout)
-    gathered, total = [], torch.zeros(len(owners.straddling), *k.shape[1:], dtype=torch.float64)
+    device = torch.device("cpu")
+    gathered, total = [], torch.zeros(0)
     for rank in range(num_ranks):
+        plan = exchange_plan(pack, chunk_size, num_ranks=num_ranks, rank=rank, layout=layout, device=device)
         positions = torch.from_numpy(shard_positions(pack.num_tokens, num_ranks, rank, layout))
         local = shard(k, 0, num_ranks=num_ranks, rank=rank, layout=layout)
         sums, counts = pool_sums(local, pack=pack, chunk_size=chunk_size, k_positions=positions)
-        sent, straddling = contribution(sums, counts, owners, rank)
+        sent, straddling = contribution(sums, counts, plan)
         gathered.append(sent)
-        total += straddling
-    return assemble(torch.cat(gathered), total, owners, pack, chunk_size)
+        total = straddling if rank == 0 else total + straddling
+    return assemble(torch.cat(gathered), total, plan)
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,0 +1,108 @@
+"""N ranks as threads of one process: to test and study geometry, bytes and balance at scales beyond one machine.
+
+    def rank_main(group):                         # ThreadGroup: rank(), size(), and the collectives of wire.py
+        return context_attend(q, k, v, spec, layout="zigzag", group=group, cu_seqlens=pack).report.traffic
+
+    traffics = run_threads(rank_main, 512)
+
+Everything above the collectives is the code that real ranks run. A collective is a meeting of all threads: each lays
+its tensor down, all copy what is theirs, nobody goes on before the last has copied.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What the threads of a group share."""
+
+    barrier: threading.Barrier
+    slots: list[Any]
+
+
+@dataclass(frozen=True)
+class ThreadGroup:
+    """One rank's view of a group of threads; stands where a `dist.ProcessGroup` would."""
+
+    table: _Table
+    own_rank: int
+
+    def size(self) -> int:
+        return len(self.table.slots)
+
+    def rank(self) -> int:
+        return self.own_rank
+
+    def _meet(self, laid_down: Any, take: Callable[[Sequence[Any]], None]) -> None:
+        self.table.slots[self.own_rank] = laid_down
+        self.table.barrier.wait()
+        take(self.table.slots)
+        self.table.barrier.wait()
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> None:
+        """received [N * n, ...] := every rank's sent [n, ...], in rank order."""
+        self._meet(sent, lambda slots: torch.cat(list(slots), out=received))  # type: ignore[arg-type]
+
+    def reduce_scatter(self, received: Tensor, sent: Tensor) -> None:
+        """received [n, ...] := part `rank` of the sum over ranks of sent [N * n, ...], added up in rank order."""
+
+        def take(slots: Sequence[Tensor]) -> None:
+            received.copy_(torch.stack([x.chunk(self.size())[self.own_rank] for x in slots]).sum(0))
+
+        self._meet(sent, take)
+
+    def all_reduce(self, x: Tensor) -> None:
+        """x := the sum over ranks, in place."""
+        total = torch.empty_like(x)
+        self._meet(x, lambda slots: torch.sum(torch.stack(list(slots)), 0, out=total))  # type: ignore[arg-type]
+        x.copy_(total)
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_rows: Sequence[int], sent_rows: Sequence[int]
+    ) -> None:
+        """received := the rows that each rank sends here, in rank order."""
+
+        def take(slots: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
+            parts = [torch.split(x, list(rows))[self.own_rank] for x, rows in slots]
+            assert [part.shape[0] for part in parts] == list(received_rows), "ranks disagree on what is sent"
+            torch.cat(parts, out=received)
+
+        self._meet((sent, sent_rows), take)
+
+
+def run_threads(fn: Callable[[ThreadGroup], R], num_ranks: int) -> list[R]:
+    """Run `fn(group)` as `num_ranks` threads; their results in rank order. Raises the first failure of any rank."""
+    table = _Table(threading.Barrier(num_ranks), [None] * num_ranks)
+    results: dict[int, R] = {}
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = fn(ThreadGroup(table, rank))
+        except threading.BrokenBarrierError:
+            pass  # another rank failed; its exception is the one to see
+        except BaseException as error:  # raised below, in the caller's thread
+            failures.append(error)
+            table.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(num_ranks)]
+
+
+__all__ = ["ThreadGroup", "run_threads"]

@@ -1,0 +1,177 @@
+"""The exchanges of context parallelism: one place where bytes are counted and where a failure gets its name.
+
+    pending = wire.all_gather(k_SKD, phase="forward/kv")      # under way: on NCCL's own stream, or in gloo's threads
+    ...                                                       # compute what does not need it
+    k_NSKD = pending.wait()                                   # CUDA: the current stream waits, the host does not
+
+A wire knows its group, the layer and the transport that use it, so that a broken exchange says which rank was doing
+what. `among(ranks)` restricts it to some ranks of the group, as exchanges inside a node and across nodes do: all ranks
+then call alike, each among its own, and the exchange is an all-to-all in which the others' share is empty.
+
+Shape letters: N ranks of the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .traffic import Traffic
+
+
+class Group(Protocol):
+    """What is asked of a process group; `dist.ProcessGroup` and `emulation.ThreadGroup` offer it."""
+
+    def size(self) -> int: ...
+
+    def rank(self) -> int: ...
+
+
+class ExchangeError(RuntimeError):
+    """An exchange between ranks broke off: a rank died, stalled beyond the timeout, or disagreed on what is sent."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An exchange under way. It keeps what is sent alive until `wait` has returned."""
+
+    work: collectives.Work
+    finish: Callable[[], Tensor]
+    kept: tuple[Tensor, ...]
+    wire: Wire
+    phase: str
+
+    def wait(self) -> Tensor:
+        """The received tensor. Raises ExchangeError when the exchange broke off."""
+        with self.wire.named(self.phase):
+            self.work.wait()
+            return self.finish()
+
+
+@dataclass(frozen=True)
+class Wire:
+    """See the module. `layer` counts from 0; None = outside of a model."""
+
+    group: Group
+    traffic: Traffic = field(default_factory=Traffic)
+    transport: str = ""
+    layer: int | None = None
+    members: tuple[int, ...] = ()
+    """Ranks of the group that this wire joins, ascending; () = all."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the group that this wire joins."""
+        return self.members or tuple(range(self.group.size()))
+
+    @property
+    def size(self) -> int:
+        return len(self.members) or self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This rank's index among those that the wire joins."""
+        return self.ranks.index(self.group.rank())
+
+    def among(self, ranks: Sequence[int]) -> Wire:
+        """The same wire between some ranks of the group only; this rank is one of them."""
+        everyone = len(ranks) == self.group.size()
+        return replace(self, members=() if everyone else tuple(sorted(ranks)))
+
+    def all_gather(self, sent: Tensor, *, phase: str) -> Pending:
+        """sent [...], of one shape on all ranks -> [N, ...] in rank order."""
+        others = (self.size - 1) * _bytes(sent)
+        if self.members:
+            copies = sent.expand(self.size, *sent.shape).reshape(self.size, *sent.shape)
+            return self._even_all_to_all(copies, lambda received: received, phase)
+        self.traffic.add(phase, sent=others, received=others)
+        sent = sent.contiguous()
+        received = sent.new_empty((self.size, *sent.shape))
+        with self.named(phase):
+            work = collectives.all_gather(received.view(-1), sent.view(-1), group=self.group)
+        return Pending(work, lambda: received, (sent,), self, phase)
+
+    def reduce_scatter(self, sent: Tensor, *, phase: str) -> Pending:
+        """sent [N, ...], part r for rank r -> [...]: this rank's part, summed over ranks in the dtype of `sent`."""
+        if self.members:
+            return self._even_all_to_all(sent, lambda received: received.sum(0), phase)
+        sent = sent.contiguous()
+        others = (self.size - 1) * _bytes(sent) // self.size
+        self.traffic.add(phase, sent=others, received=others)
+        received = sent.new_empty(sent.shape[1:])
+        with self.named(phase):
+            work = collectives.reduce_scatter(received.view(-1), sent.view(-1), group=self.group)
+        return Pending(work, lambda: received, (sent,), self, phase)
+
+    def all_reduce(self, x: Tensor, *, phase: str) -> Pending:
+        """x [...] -> the sum over all ranks of the group, in place."""
+        assert not self.members  # nobody sums among some ranks only
+        moved = 2 * (self.size - 1) * _bytes(x) // self.size
+        self.traffic.add(phase, sent=moved, received=moved)
+        with self.named(phase):
+            work = collectives.all_reduce(x, group=self.group)
+        return Pending(work, lambda: x, (x,), self, phase)
+
+    def all_to_all(
+        self, sent: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], *, phase: str
+    ) -> Pending:
+        """Rows to every rank, rows from every rank.
+
+        Args:
+            sent: [sum(sent_rows), ...]: first the rows for rank 0, then those for rank 1, ...
+            sent_rows, received_rows: N host integers each, for the ranks of this wire. Ranks must agree on them.
+        Returns a Pending of [sum(received_rows), ...], in rank order.
+        """
+        sent = sent.contiguous()
+        of_row = _bytes(sent) // sent.shape[0] if sent.shape[0] else _bytes(sent.new_empty(sent.shape[1:]))
+        self.traffic.add(
+            phase,
+            sent=(sum(sent_rows) - sent_rows[self.rank]) * of_row,
+            received=(sum(received_rows) - received_rows[self.rank]) * of_row,
+        )
+        received = sent.new_empty((sum(received_rows), *sent.shape[1:]))
+        with self.named(phase):
+            work = collectives.all_to_all(
+                received, sent, self._of_group(received_rows), self._of_group(sent_rows), group=self.group
+            )
+        return Pending(work, lambda: received, (sent,), self, phase)
+
+    @contextmanager
+    def named(self, phase: str) -> Iterator[None]:
+        """A collective that breaks off inside raises ExchangeError with rank, layer, transport and phase."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, ExchangeError | torch.OutOfMemoryError):
+                raise
+            where = "" if self.layer is None else f"layer {self.layer}, "
+            raise ExchangeError(
+                f"an exchange broke off on context-parallel rank {self.group.rank()} of {self.group.size()}: {where}"
+                f"transport {self.transport or 'none'}, phase {phase}: {error}"
+            ) from error
+
+    def _even_all_to_all(self, sent: Tensor, finish: Callable[[Tensor], Tensor], phase: str) -> Pending:
+        """sent [N, ...]: one row for every rank of the wire."""
+        pending = self.all_to_all(sent, [1] * self.size, [1] * self.size, phase=phase)
+        arrived = pending.finish
+        return replace(pending, finish=lambda: finish(arrived()))
+
+    def _of_group(self, rows: Sequence[int]) -> list[int]:
+        """Rows for every rank of the group: none for those that the wire does not join."""
+        of_group = [0] * self.group.size()
+        for rank, count in zip(self.ranks, rows, strict=True):
+            of_group[rank] = count
+        return of_group
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+__all__ = ["ExchangeError", "Group", "Pending", "Wire"]
