@@ -1,0 +1,141 @@
+"""Ranks as threads of one process: what they compute is what real ranks compute, at any number of them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_kernels import MoBA, Pack, route
+from moba_train.parallel import context_attend, route_context
+from moba_train.parallel.cut import Layout, cut_row
+from moba_train.parallel.emulation import ThreadGroup, run_threads
+from moba_train.parallel.pooled_keys import chunk_owners, route_over
+from moba_train.parallel.traffic import Traffic
+from moba_train.parallel.wire import Group, Wire
+from tests.distributed import run_ranks
+from tests.parallel.sharded_case import CASES, LAYOUTS, check_case, inputs_of, my_shard
+
+
+def _collectives(group: Group) -> list[object]:
+    """Every collective of a wire on small integers, over the whole group and between its even and odd ranks."""
+    rank, n = group.rank(), group.size()
+    wire = Wire(group)
+    x = torch.arange(6, dtype=torch.float32).view(2, 3) + 10 * rank
+    halves = wire.among([r for r in range(n) if r % 2 == rank % 2])
+    rows = [(rank + r) % 3 for r in range(n)]  # symmetric, so that everyone knows what comes
+    sent = torch.arange(sum(rows), dtype=torch.float32) + 100 * rank
+    parts = torch.arange(n * 2, dtype=torch.float64).view(n, 2) * (rank + 1)
+    results = [
+        wire.all_gather(x, phase="forward/a"),
+        wire.reduce_scatter(parts, phase="forward/b"),
+        wire.all_reduce(x.clone(), phase="forward/c"),
+        wire.all_to_all(sent, rows, rows, phase="forward/d"),
+        halves.all_gather(x, phase="forward/e"),
+        halves.reduce_scatter(parts[: halves.size], phase="forward/f"),
+    ]
+    found: list[object] = [pending.wait().tolist() for pending in results]
+    return [*found, dict(wire.traffic.sent), dict(wire.traffic.received)]
+
+
+def _collectives_over_gloo(rank: int, n: int) -> list[object]:
+    group = dist.group.WORLD
+    assert group is not None
+    return _collectives(group)
+
+
+def test_threads_exchange_what_gloo_ranks_exchange_and_count_the_same_bytes() -> None:
+    over_threads = run_threads(_collectives, 4)
+    assert over_threads == run_ranks(_collectives_over_gloo, 4)
+    gathered = over_threads[1][0]
+    assert gathered[2] == [[20.0, 21.0, 22.0], [23.0, 24.0, 25.0]]  # type: ignore[index]
+    assert over_threads[3][4] == [[[10.0, 11.0, 12.0], [13.0, 14.0, 15.0]], [[30.0, 31.0, 32.0], [33.0, 34.0, 35.0]]]
+    sent, received = over_threads[0][-2:]
+    assert sent["forward/a"] == received["forward/a"] == 3 * 6 * 4  # type: ignore[index]
+    assert sent["forward/c"] == 2 * 3 * 6 * 4 // 4  # type: ignore[index]
+    assert sent["forward/e"] == 6 * 4  # type: ignore[index]
+
+
+def test_a_rank_that_fails_ends_all_threads_with_its_own_error() -> None:
+    def fails(group: ThreadGroup) -> None:
+        if group.rank() == 1:
+            raise ValueError("rank 1 gives up")
+        Wire(group).all_reduce(torch.zeros(1), phase="forward/x").wait()
+
+    with pytest.raises(ValueError, match="rank 1 gives up"):
+        run_threads(fails, 3)
+    assert threading.active_count() < 50
+
+
+@pytest.mark.parametrize("num_ranks", [2, 5, 8])
+def test_attention_over_threads_equals_one_rank(num_ranks: int) -> None:
+    def check(group: ThreadGroup) -> None:
+        for layout in LAYOUTS:
+            for case in CASES:
+                check_case(case, group, layout, torch.float32, floor=2e-6)
+
+    run_threads(check, num_ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8, 64])
+def test_routing_on_random_inputs_is_that_of_one_rank(num_ranks: int, layout: Layout) -> None:
+    """The published means are the same bits for any cut, and a query's scores do not depend on its neighbours."""
+    pack = Pack([0, 700, 701, 701, 1500])
+    generator = torch.Generator().manual_seed(num_ranks)
+    q, k = torch.randn(1500, 4, 16, generator=generator), torch.randn(1500, 2, 16, generator=generator)
+    for spec in (MoBA(32, 4), MoBA(48, 3, "group")):
+        whole = route(q, k, spec, cu_seqlens=pack)
+
+        def rank_main(group: ThreadGroup, spec: MoBA = spec, whole_ids: torch.Tensor = whole.chunk_ids) -> int:
+            mine = (my_shard(x, group.rank(), num_ranks, layout) for x in (q, k))
+            routing = route_context(*mine, spec, layout=layout, group=group, pack=pack)
+            return int((routing.chunk_ids != my_shard(whole_ids, group.rank(), num_ranks, layout)).any(-1).sum())
+
+        assert sum(run_threads(rank_main, num_ranks)) == 0
+
+
+def test_512_ranks_share_a_row_that_no_chunk_and_no_document_divides() -> None:
+    pack, spec, n = Pack([0, 1000, 1001, 3001]), MoBA(96, 3), 512
+    q, k, v, _ = inputs_of(CASES[0].__class__("512 ranks", pack.cu_seqlens, spec, heads=(2, 1)))
+    whole = route(q, k, spec, cu_seqlens=pack)
+
+    def rank_main(group: ThreadGroup) -> tuple[bool, Traffic]:
+        traffic = Traffic()
+        mine = [my_shard(x, group.rank(), n, "zigzag") for x in (q, k, v)]
+        routing = route_over(Wire(group, traffic), mine[0], mine[1], spec, layout="zigzag", pack=pack)
+        return torch.equal(routing.chunk_ids, my_shard(whole.chunk_ids, group.rank(), n, "zigzag")), traffic
+
+    found = run_threads(rank_main, n)
+    owners = chunk_owners(pack, spec.chunk_size, num_ranks=n, layout="zigzag")
+    of_chunk = k.shape[1] * k.shape[2]
+    exchanged = (n - 1) * 4 * owners.most_whole * of_chunk + 2 * (n - 1) * 8 * len(owners.straddling) * of_chunk // n
+    assert all(same for same, _ in found)
+    assert {traffic.total_received() for _, traffic in found} == {exchanged}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_joined_cuts_hold_what_their_ranks_hold(layout: Layout) -> None:
+    cut = cut_row(101, 12, layout)
+    joined = cut.joined(4)
+    assert joined.num_ranks == 3
+    for node in range(3):
+        of_ranks = torch.cat([torch.from_numpy(cut.positions(rank)) for rank in range(4 * node, 4 * node + 4)])
+        assert torch.from_numpy(joined.positions(node)).tolist() == sorted(of_ranks.tolist())
+    owner = cut.owner_of_token()
+    assert all((owner[cut.positions(rank)] == rank).all() for rank in range(12))
+
+
+def test_one_thread_is_one_rank() -> None:
+    q, k, v, _ = inputs_of(CASES[1])
+
+    def rank_main(group: ThreadGroup) -> torch.Tensor:
+        result = context_attend(q, k, v, CASES[1].spec, layout="zigzag", group=group, cu_seqlens=CASES[1].cu_seqlens)
+        return result.out
+
+    (one,) = run_threads(rank_main, 1)
+    assert torch.equal(
+        one, context_attend(q, k, v, CASES[1].spec, layout="zigzag", group=None, cu_seqlens=CASES[1].cu_seqlens).out
+    )
