@@ -82,6 +82,18 @@ smoke: $(READY) ## A whole run in under a minute on one process: prepare, train,
 demo: $(READY) ## Prepare, train on 2 ranks, stop, resume, find the needle, report (about 7 minutes on 2 cores)
 	@launch/demo.sh "$(BIN)" "$(DEMO_RANKS)" "$(DEMO_RUN)"
 
+.PHONY: million
+million: $(READY) ## One step on a document of 1,048,576 tokens on two CPU ranks, and its memory (some 8 minutes on 2 cores, 11 GiB)
+	@$(BIN)/moba-train prep stdlib --out data/million --vocab-size 4096 --join
+	@$(BIN)/moba-train plan configs/million_cpu.toml
+	@rm -rf runs/million
+	@$(TORCHRUN) 2 -m moba_train train configs/million_cpu.toml
+	@$(BIN)/moba-train report runs/million
+
+.PHONY: scaling
+scaling: $(READY) ## Write docs/scaling.md: bytes, time, balance and memory of an 8B model on 8 to 512 GPUs, on paper (5 minutes)
+	@$(BIN)/python docs/scaling/make.py
+
 .PHONY: clean
 clean: ## Remove the virtual environment, prepared data and runs
-	rm -rf $(VENV) data/demo data/smoke runs
+	rm -rf $(VENV) data/demo data/smoke data/million runs

@@ -1,7 +1,8 @@
 """The command line: `moba-train prep | train | eval niah | plan | report`.
 
 Exit codes: 0 done (a planned stop included), 2 a mistake that the user can mend (one message, no traceback unless
---debug), 1 anything else. Every sub-command imports what it needs when it runs: `plan` answers without torch.
+--debug), 3 ranks lost each other (one died, stalled or disagreed), 1 anything else. Every sub-command imports what it
+needs when it runs: `plan` answers without torch.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from moba_train import __version__
-from moba_train.errors import ConfigError, UserError
+from moba_train.errors import EXIT_RANKS, ConfigError, ExchangeError, UserError
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -43,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _report(error, debug=args.debug)
         return EXIT_USER
+    except ExchangeError as error:
+        if args.debug:
+            traceback.print_exception(error)
+        print(f"moba-train (rank {os.environ.get('RANK', '0')}): error: {error}", file=sys.stderr)
+        _end_at_once(EXIT_RANKS)
     except KeyboardInterrupt:
         print("moba-train: interrupted", file=sys.stderr)
         return EXIT_FAILED
@@ -50,6 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`moba-train plan ... | head`): nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        traceback.print_exc()
+        _end_at_once(EXIT_FAILED)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without taking leave of ranks that no longer answer: collectives under way would hold the process back."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,6 +117,9 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
     prep.add_argument("--seed", type=int, default=1234, help="of the needle samples [1234]")
     prep.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one per core [0]")
     prep.add_argument("--skip-bad", action="store_true", help="count broken records instead of stopping at the first")
+    prep.add_argument(
+        "--join", action="store_true", help="put all text into one long document, the held-out text into another"
+    )
     prep.add_argument(
         "--max-mib", type=float, default=0.0, metavar="M", help="read at most this much text; 0 = all [0]"
     )
@@ -218,6 +240,7 @@ def _prep(args: argparse.Namespace) -> int:
         seed=args.seed,
         workers=args.workers,
         skip_bad=args.skip_bad,
+        join=args.join,
         max_mib=args.max_mib,
     )
 

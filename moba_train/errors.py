@@ -1,12 +1,16 @@
 """What a user can mend, as typed errors.
 
 Every error says what is wrong, where, what was found, what is allowed and how to fix it. The command line prints the
-message alone and exits with code 2; anything that is not a `UserError` is our bug and exits with code 1.
+message alone and exits with code 2. Ranks that lost each other (`ExchangeError`) exit with code 3. Anything else is our
+bug and exits with code 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+EXIT_RANKS = 3
+"""Exit code of a process that lost the other ranks."""
 
 
 class UserError(Exception):
@@ -89,3 +93,7 @@ class BackendError(UserError):
 
 class TrainingDiverged(UserError):
     """The loss stayed NaN or infinite for `run.max_bad_steps` steps; the state was saved before this was raised."""
+
+
+class ExchangeError(RuntimeError):
+    """Ranks lost each other: one died, stalled beyond the timeout, or disagreed on what is sent."""

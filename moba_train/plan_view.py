@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from moba_kernels.spec import AttentionSpec, MoBA
-from moba_train.config.schema import ModelConfig, RunConfig, StageConfig
-from moba_train.model.plan import attention_plan, count_layer_parameters, count_parameters
+from moba_train.config.schema import RunConfig, StageConfig
+from moba_train.model.plan import attention_plan, count_parameters
+from moba_train.model.transport_plan import KindPlan, format_bytes, format_seconds, transport_plan
+from moba_train.parallel.hardware import PRESETS, Hardware, with_overrides
 from moba_train.train.flops import document_pairs
+from moba_train.train.memory_plan import MemoryPlan, estimate_memory, memory_lines
 
 GIB = 2**30
 
@@ -26,6 +29,7 @@ class StagePlan:
     Attributes:
         attention: compact text, "L0-28 MoBA 4096/12, L29-31 full".
         density: attended pairs / causal pairs over all layers, for rows that are one document.
+        transports: of each kind of layer, for rows that are one document; () where a row is not shared by ranks.
     """
 
     name: str
@@ -36,21 +40,7 @@ class StagePlan:
     attention: str
     density: float
     mix: str
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes per rank, roughly; pipeline rank 0, the stage with the longest rows."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+    transports: tuple[KindPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,8 @@ class Plan:
     num_parameters: int
     stages: tuple[StagePlan, ...]
     memory: MemoryPlan
+    hardware: str
+    """What the transports are chosen for."""
 
     @property
     def total_tokens(self) -> int:
@@ -74,14 +66,26 @@ class Plan:
 def build_plan(config: RunConfig) -> Plan:
     """The plan of a validated configuration."""
     parallel = config.parallel
+    hardware, assumed = planned_hardware(config)
     ranks = parallel.tp * parallel.cp * parallel.pp
     size = f"{ranks} ranks per replica" if parallel.dp == "auto" else f"{ranks * parallel.dp} ranks"
     return Plan(
         mesh=f"tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {parallel.dp} ({size}), {parallel.layout}",
         num_parameters=count_parameters(config.model),
-        stages=tuple(_stage_plan(config.model, stage) for stage in config.stages),
+        stages=tuple(_stage_plan(config, stage, hardware) for stage in config.stages),
         memory=estimate_memory(config),
+        hardware=hardware.name + assumed,
     )
+
+
+def planned_hardware(config: RunConfig) -> tuple[Hardware, str]:
+    """The machine that the plan assumes, and a remark where the run will go by its devices or by measurements."""
+    wanted = config.parallel.hardware.preset
+    if wanted not in ("auto", "measured"):
+        return with_overrides(PRESETS[wanted], config.parallel.hardware), ""
+    assumed = PRESETS["cpu" if config.engine.device == "cpu" else "h100"]
+    remark = f', assumed: parallel.hardware.preset = "{wanted}" is settled when the run starts'
+    return with_overrides(assumed, config.parallel.hardware), remark
 
 
 def describe_attention(specs: Sequence[AttentionSpec]) -> str:
@@ -106,34 +110,6 @@ def row_density(specs: Iterable[AttentionSpec], seq_len: int) -> float:
     return sum(shares) / len(shares)
 
 
-def estimate_memory(config: RunConfig) -> MemoryPlan:
-    """Rough bytes per rank.
-
-    Weights, gradients, optimizer (arXiv 1910.02054, section 3.1): P parameters per rank take 4 P (fp32) or 2 P (bf16)
-    bytes of weights, 4 P of gradients, and 8 P (Adam's moments; bf16 adds 4 P of master weights) divided by dp * cp
-    where the optimizer is sharded. Activations: see `_activation_bytes`. dp = "auto" counts as 1.
-    """
-    model, parallel, engine = config.model, config.parallel, config.engine
-    dp = 1 if parallel.dp == "auto" else parallel.dp
-    ends = 1 if model.tied_head or parallel.pp > 1 else 2
-    embedding = ends * model.vocab_size * model.hidden_size
-    layers = model.num_layers // parallel.pp
-    parameters = (embedding + layers * count_layer_parameters(model)) / parallel.tp
-    element = 2 if engine.precision == "bf16" else 4
-    optimizer = parameters * (12 if engine.precision == "bf16" else 8)
-    if engine.distributed_optimizer:
-        optimizer /= dp * parallel.cp
-    tokens = max((stage.seq_len for stage in config.stages), default=0) / parallel.cp
-    activations, logits = _activation_bytes(config, tokens, layers, element)
-    return MemoryPlan(
-        weights=parameters * element,
-        gradients=parameters * 4,
-        optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-    )
-
-
 def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
     """The plan as text: aligned columns, the same on a terminal and in a file. width 0: as wide as it needs."""
     from rich.console import Console
@@ -154,14 +130,41 @@ def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
         console.print()
         console.print(stages)
         console.print("density: attended / causal pairs, mean over layers, of a row that is one document", markup=False)
+        for line in _transport_lines(plan):
+            console.print(line, markup=False)
         console.print()
-        for line in _memory_lines(plan.memory, config):
+        for line in memory_lines(plan.memory, config):
             console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
-def _stage_plan(model: ModelConfig, stage: StageConfig) -> StagePlan:
-    specs = attention_plan(model, stage)
+def _transport_lines(plan: Plan) -> list[str]:
+    """Nothing where no row is shared by ranks."""
+    if not any(stage.transports for stage in plan.stages):
+        return []
+    names = max(len(stage.name) for stage in plan.stages)
+    reasons: dict[str, None] = {}  # each once, in order
+    lines = ["", f"transports, for rows that are one document (hardware {plan.hardware})"]
+    for stage in plan.stages:
+        for kind in stage.transports:
+            layers, cost = f"{kind.title} layers ({kind.num_layers})", kind.cost
+            exposed, overhead = (format_seconds(seconds) for seconds in (cost.exposed_s, cost.overhead_s))
+            numbers = f"{format_bytes(cost.received_bytes):>8} a layer a rank, exposed {exposed}, overhead {overhead}"
+            others = ", ".join(f"{other.transport} {format_seconds(other.overhead_s)}" for other in kind.others[:2])
+            line = f"  {stage.name:<{names}}  {layers:<16}  {cost.transport:<15}{numbers}"
+            lines.append(f"{line}; next: {others}" if others else line)
+            reasons |= {f"  {name} cannot serve: {'; '.join(why)}": None for name, why in kind.refused.items()}
+    return [
+        *lines,
+        *reasons,
+        "bytes: what the busiest rank receives, forward and backward of one row; overhead: exposed communication and "
+        "uneven attention",
+    ]
+
+
+def _stage_plan(config: RunConfig, stage: StageConfig, hardware: Hardware) -> StagePlan:
+    specs = attention_plan(config.model, stage)
+    moved = transport_plan(config.model, stage, config.parallel, config.engine, hardware)
     weight = sum(stage.mix.values())
     return StagePlan(
         name=stage.name,
@@ -172,6 +175,7 @@ def _stage_plan(model: ModelConfig, stage: StageConfig) -> StagePlan:
         attention=describe_attention(specs),
         density=row_density(specs, stage.seq_len),
         mix=", ".join(f"{name} {100 * share / weight:.0f}%" for name, share in stage.mix.items()),
+        transports=() if moved is None else moved.kinds,
     )
 
 
@@ -180,26 +184,6 @@ def _describe_spec(spec: AttentionSpec) -> str:
         return "full"
     group = " per group" if spec.select == "group" else ""
     return f"MoBA {spec.chunk_size}/{spec.topk}{group}"
-
-
-def _activation_bytes(config: RunConfig, tokens: float, layers: int, element: int) -> tuple[float, float]:
-    """Activations kept for the backward pass, and the logits, in bytes, for `tokens` tokens on this rank.
-
-    Per token and layer: 4 hidden (residual and norm inputs and outputs), then per tensor-parallel share (2 H + 2 K) D
-    (q, k, v, attention output), 3 ffn (two branches and their product), and 4 H bytes of lse. Full recompute keeps one
-    hidden vector per layer and one layer in full. A pipeline of pp ranks holds pp rows in flight.
-    """
-    model, parallel = config.model, config.parallel
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    shared = (heads + 3 * model.ffn_hidden_size) * element + 4 * model.num_heads
-    per_layer = 4 * model.hidden_size * element + shared / parallel.tp
-    if config.engine.recompute == "full":
-        activations = tokens * (layers * model.hidden_size * element * parallel.pp + per_layer)
-    else:
-        activations = tokens * layers * per_layer * parallel.pp
-    # logits in the compute precision, their fp32 softmax and its gradient
-    logits = tokens * model.vocab_size / parallel.tp * (element + 8)
-    return activations, logits
 
 
 def _head_lines(plan: Plan, config: RunConfig) -> list[str]:
@@ -219,16 +203,3 @@ def _head_lines(plan: Plan, config: RunConfig) -> list[str]:
         f"schedule    {plan.total_tokens:,} tokens in {plan.total_steps:,} steps, {config.optimizer.schedule}, "
         f"peak lr {config.optimizer.lr:g}",
     ]
-
-
-def _memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
-    rows = [
-        ("weights", memory.weights, "bytes per parameter / (tp * pp)"),
-        ("gradients", memory.gradients, "4 bytes per parameter / (tp * pp)"),
-        ("optimizer", memory.optimizer, "Adam moments and master weights, / (dp * cp) when sharded"),
-        ("activations", memory.activations, f"longest row / cp, recompute {config.engine.recompute}"),
-        ("logits", memory.logits, "longest row / cp * vocabulary / tp, with fp32 softmax"),
-        ("total", memory.total, "without buffers of kernels, communication and allocator"),
-    ]
-    title = "memory per rank, estimated" + (" (dp = auto counts as 1)" if config.parallel.dp == "auto" else "")
-    return [title, *(f"  {name:<12}{size / GIB:>9.3f} GiB  {how}" for name, size, how in rows)]

@@ -29,7 +29,9 @@ def build_evaluators(config: RunConfig, engine: Engine, tokenizer: Tokenizer) ->
     Raises:
         DataError: the held-out source is too short for a row, or for a needle sample of some length.
     """
-    evaluators: list[Evaluator] = [PositionEvaluator(config, engine, tokenizer)]
+    evaluators: list[Evaluator] = []
+    if config.eval.rows > 0:
+        evaluators.append(PositionEvaluator(config, engine, tokenizer))
     if config.niah.loop_samples > 0:
         evaluators.append(NiahEvaluator(config, engine, tokenizer))
     return tuple(evaluators)

@@ -14,6 +14,7 @@ from moba_train.config.validate import check_rows_per_step
 from moba_train.data.tokenizer import Tokenizer
 from moba_train.errors import ConfigError, UserError
 from moba_train.parallel import ranks
+from moba_train.parallel.sentry import guarded
 from moba_train.quiet import quiet_imports
 from moba_train.train.progress import Identity, model_fingerprint
 
@@ -35,12 +36,14 @@ def joined_ranks(config: RunConfig) -> Iterator[Topology]:
     Raises:
         ConfigError: the number of ranks does not fit the mesh, or the rows of a step do not fit the ranks.
         BackendError: the device that the configuration wants is not there.
+        ExchangeError: ranks lost each other; the message says which is to blame. Processes end within engine.timeout_s.
     """
     device = choose_device(config.engine.device)
     topology = init_topology(config.parallel, device=device, timeout_s=config.engine.timeout_s)
     try:
-        check_rows_per_step(config.stages, topology.dp)
-        yield topology
+        with guarded(topology.watch, timeout_s=config.engine.timeout_s):
+            check_rows_per_step(config.stages, topology.dp)
+            yield topology
     except UserError:
         close_topology()
         raise
@@ -55,9 +58,8 @@ def build_engine(config: RunConfig, topology: Topology) -> MegatronEngine:
         config.engine,
         config.optimizer,
         topology,
+        config.parallel,
         seed=config.run.seed,
-        layout=config.parallel.layout,
-        transport=config.parallel.transport,
     )
 
 

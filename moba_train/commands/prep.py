@@ -22,6 +22,7 @@ def run_prep(
     seed: int,
     workers: int,
     skip_bad: bool,
+    join: bool,
     max_mib: float,
 ) -> int:
     """Prepare and print a summary; returns the exit code.
@@ -41,6 +42,7 @@ def run_prep(
         held_out=held_out,
         max_mib=max_mib,
         skip_bad=skip_bad,
+        join=join,
         workers=workers or len(os.sched_getaffinity(0)),
         needles=needles,
         seed=seed,

@@ -25,6 +25,7 @@ from moba_train.train.record import Meter
 from moba_train.train.resume import begin
 from moba_train.train.schedule import Schedule, build_schedule
 from moba_train.train.signals import StopSignals
+from moba_train.train.summary import RunSummary
 
 
 def run_train(config: RunConfig, *, resume: str) -> int:
@@ -50,7 +51,8 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         start = begin(run_dir, resume, engine, identity, schedule)
         make_folder(run_dir, where="run.dir")  # it is this run's own, now that nothing speaks against it any more
         ranks.from_rank_0(lambda: replace_text(run_dir / "config.toml", to_toml(config)))
-        log, sinks = _outputs(config, topology, start.progress, schedule)
+        summary = RunSummary(config.stages)
+        log, sinks = _outputs(config, topology, start.progress, schedule, summary)
         for line in (*_greeting(config, engine), *start.notes):
             log.line(line)
         try:
@@ -71,18 +73,19 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         finally:
             for sink in sinks:
                 sink.close()
-        log.line(_farewell(outcome, run_dir))
+        for line in (*summary.lines(), _farewell(outcome, run_dir)):
+            log.line(line)
     return 0
 
 
 def _outputs(
-    config: RunConfig, topology: Topology, start: Progress, schedule: Schedule
+    config: RunConfig, topology: Topology, start: Progress, schedule: Schedule, summary: RunSummary
 ) -> tuple[Log, tuple[MetricSink, ...]]:
     """Log and metric sinks: rank 0 has them all, the others none."""
     if topology.rank != 0:
         return SilentLog(), ()
     console = ConsoleLogger(log_every=config.run.log_every, total_steps=schedule.total_steps, resume_step=start.step)
-    return console, tuple(open_sinks(Path(config.run.dir), resume_step=start.step, console=console))
+    return console, (*open_sinks(Path(config.run.dir), resume_step=start.step, console=console), summary)
 
 
 class _StageRows:

@@ -67,6 +67,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class HardwareConfig:
+    """What `transport = "auto"` and the plan assume of the machine. Numbers given here replace those of the preset."""
+
+    preset: Literal["auto", "h100", "h200", "a100", "cpu", "measured"] = "auto"
+    """auto = by the device; measured = a few exchanges and matrix products are timed at start-up."""
+    node_ranks: int | Literal["preset"] = "preset"
+    """Ranks of the job that share a node."""
+    node_gb_s: float | Literal["preset"] = "preset"
+    """GB/s (1e9 bytes) of one rank to others of its node, in one direction."""
+    cross_gb_s: float | Literal["preset"] = "preset"
+    """GB/s of one rank to ranks of other nodes, in one direction."""
+    latency_us: float | Literal["preset"] = "preset"
+    """Microseconds that a collective takes at least."""
+    peer_latency_us: float | Literal["preset"] = "preset"
+    """Microseconds more for every other rank that takes part."""
+    host_read_us: float | Literal["preset"] = "preset"
+    """Microseconds that one host read of a device number costs."""
+    attention_tflops: float | Literal["preset"] = "preset"
+    """TFLOP/s that attention reaches on one rank, in the precision of the run."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of the device mesh: number of ranks = tp * cp * pp * dp."""
 
@@ -80,8 +102,13 @@ class ParallelConfig:
     """Data-parallel ranks; auto = whatever is left of the world size."""
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     """How a row is cut over CP ranks."""
-    transport: Literal["auto", "all_gather"] = "auto"
-    """How keys and values reach the queries that picked them."""
+    transport: Literal["auto", "all_gather", "a2a", "a2a+all_gather", "pull", "route_queries"] = "auto"
+    """How keys and values reach the queries that attend to them; auto = the cheapest by the cost model, decided once a
+    stage for MoBA layers and for full layers."""
+    transport_full: Literal["inherit", "auto", "all_gather", "a2a", "a2a+all_gather", "pull"] = "inherit"
+    """The same for full layers, in training and evaluation; inherit = transport."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """Numbers of the cost model."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +124,10 @@ class EngineConfig:
     attention_backend: Literal["auto", "reference", "torch", "triton", "flash"] = "auto"
     """Backend of the attention operator (`moba_kernels`)."""
     recompute: Literal["none", "full"] = "none"
-    """Activation recompute; full = every layer's forward runs again in the backward pass, with the same routing."""
+    """Activation recompute; full = every layer's forward runs again in the backward pass, with the same routing, and
+    its MLP by tiles of tokens."""
+    offload: Literal["none", "host"] = "none"
+    """host = what recompute keeps of a layer waits in host memory (GPU only, with recompute = "full")."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data- and context-parallel ranks."""
     timeout_s: float = 600.0
@@ -203,7 +233,7 @@ class EvalConfig:
     every_steps: int = 0
     """0 = only at the end of each stage."""
     rows: int = 4
-    """Held-out rows per evaluation."""
+    """Held-out rows per evaluation; 0 = no held-out evaluation."""
     buckets: int = 8
     """Position buckets of the loss-by-position curve."""
 

@@ -16,6 +16,7 @@ from moba_train.config.schema import (
     RunConfig,
     StageConfig,
 )
+from moba_train.config.transports import transport_errors
 from moba_train.errors import ConfigError, ConfigErrors
 
 # Shortest needle sample: needle, question and answer take about thirty tokens, and some haystack must be left.
@@ -141,6 +142,9 @@ def _run(config: RunConfig) -> Iterator[ConfigError]:
     yield from _at_least(config.checkpoint.every_steps, 0, "checkpoint.every_steps")
     yield from _at_least(config.checkpoint.keep_last, 1, "checkpoint.keep_last")
     yield from _positive(config.engine.timeout_s, "engine.timeout_s", "give seconds")
+    if config.engine.offload == "host" and config.engine.recompute != "full":
+        what, fix = "only full recompute has checkpoints that can be offloaded", 'set engine.recompute = "full"'
+        yield ConfigError(what, where="engine.offload", got='"host"', allowed='"none"', fix=fix)
 
 
 def _model(model: ModelConfig) -> Iterator[ConfigError]:
@@ -171,6 +175,7 @@ def _parallel(config: RunConfig) -> Iterator[ConfigError]:
         yield from _divides(getattr(model, name), parallel.tp, f"model.{name}", "parallel.tp", fix)
     fix = "change num_layers or parallel.pp"
     yield from _divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
+    yield from transport_errors(model, parallel)
     if model.tied_head and parallel.pp > 1 and config.engine.distributed_optimizer:
         # Megatron 0.16 gives a shared embedding a bucket of its own and loses the end of its optimizer state on save.
         yield ConfigError(
@@ -363,7 +368,7 @@ def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:
 
 def _evaluation(config: RunConfig) -> Iterator[ConfigError]:
     yield from _at_least(config.eval.every_steps, 0, "eval.every_steps")
-    yield from _at_least(config.eval.rows, 1, "eval.rows")
+    yield from _at_least(config.eval.rows, 0, "eval.rows")
     yield from _at_least(config.eval.buckets, 1, "eval.buckets")
     shortest = min((stage.seq_len for stage in config.stages), default=0)
     if config.eval.buckets > shortest >= 1:

@@ -300,16 +300,20 @@ def _open_spans(prefix: str, num_documents: int) -> NDArray[np.int64] | None:
 class IndexedWriter:
     """Writes a pair document by document; a context manager. Both files appear on leaving it, whole or not at all.
 
+    Args:
+        join: everything that is added becomes one document (of several Megatron sequences).
+
     Attributes:
         num_documents: documents added so far.
         num_tokens: their tokens.
     """
 
-    def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
+    def __init__(self, prefix: str | Path, *, vocab_size: int, join: bool = False) -> None:
         with quiet_imports():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
         self.prefix = str(prefix)
         self.num_documents = self.num_tokens = 0
+        self._join = join
         self._dtype = DType.optimal_dtype(vocab_size)
         self._make_builder = IndexedDatasetBuilder
         self._files = ExitStack()
@@ -322,7 +326,7 @@ class IndexedWriter:
         return self
 
     def add(self, tokens: NDArray[np.integer] | Sequence[int]) -> None:
-        """Add one document.
+        """Add one document, or a part of the one that all parts are joined into.
 
         Raises:
             DataError: it has no token.
@@ -331,7 +335,10 @@ class IndexedWriter:
             where = f"{self.prefix}, document {self.num_documents}"
             raise DataError("a document without tokens cannot be written", where=where)
         self._builder.add_document(np.asarray(tokens), [len(tokens)])
-        self.num_documents += 1
+        if self._join and self.num_documents:
+            del self._builder.document_indices[-2]  # the end of what came before
+        else:
+            self.num_documents += 1
         self.num_tokens += len(tokens)
 
     def __exit__(

@@ -61,6 +61,7 @@ class PrepOptions:
         held_out: share of the documents that is held out for evaluation.
         max_mib: read at most this much text; 0 = everything.
         skip_bad: leave out and count broken records.
+        join: put all training text into one document, and all held-out text into another.
         workers: processes that encode; changes no byte.
         needles: training documents with needles, length in tokens -> how many.
         seed: of the needle documents.
@@ -73,6 +74,7 @@ class PrepOptions:
     held_out: float = 0.02
     max_mib: float = 0.0
     skip_bad: bool = False
+    join: bool = False
     workers: int = 1
     needles: dict[int, int] = field(default_factory=dict)
     seed: int = 1234
@@ -278,14 +280,18 @@ def _encode(
     texts = read_documents(files, skip_bad=options.skip_bad, max_mib=options.max_mib, stats=stats)
     with ExitStack() as stack:
         train, valid = (
-            stack.enter_context(IndexedWriter(options.out / name, vocab_size=tokenizer.vocab_size))
+            stack.enter_context(IndexedWriter(options.out / name, vocab_size=tokenizer.vocab_size, join=options.join))
             for name in ("train", "valid")
         )
-        for batch in _encoded(_batches(texts), survey.threshold, tokenizer, options.workers):
+        ending = [] if options.join else [tokenizer.eod_id]
+        for batch in _encoded(_batches(texts), survey.threshold, ending, tokenizer, options.workers):
             ends = np.cumsum(batch.lengths)
             for held_out, end, length in zip(batch.held_out, ends, batch.lengths, strict=True):
                 (valid if held_out else train).add(batch.ids[end - length : end])
             progress.update(task, completed=stats.num_bytes)
+        if options.join:
+            for writer in (train, valid):
+                writer.add([tokenizer.eod_id])
     progress.update(task, total=max(1, stats.num_bytes), completed=max(1, stats.num_bytes))
     writers = {"train": train, "valid": valid}
     documents = {name: writer.num_documents for name, writer in writers.items()}
@@ -305,32 +311,34 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encoded(batches: Iterable[list[str]], threshold: int, tokenizer: Tokenizer, workers: int) -> Iterator[_Batch]:
-    """Encoded batches in the order of the texts, at most a few batches ahead of the reader."""
+def _encoded(
+    batches: Iterable[list[str]], threshold: int, ending: list[int], tokenizer: Tokenizer, workers: int
+) -> Iterator[_Batch]:
+    """Encoded batches in the order of the texts, at most a few batches ahead of the reader; `ending` ends each text."""
     if workers == 1:
         for batch in batches:
-            yield _encode_batch(batch, threshold, tokenizer)
+            yield _encode_batch(batch, threshold, ending, tokenizer)
         return
     pending: deque[Future[_Batch]] = deque()
     # spawn: a forked child would inherit the threads of whatever is loaded here.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for batch in batches:
-            pending.append(pool.submit(_encode_batch_elsewhere, batch, threshold, str(tokenizer.path)))
+            pending.append(pool.submit(_encode_batch_elsewhere, batch, threshold, ending, str(tokenizer.path)))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _encode_batch(texts: list[str], threshold: int, tokenizer: Tokenizer) -> _Batch:
+def _encode_batch(texts: list[str], threshold: int, ending: list[int], tokenizer: Tokenizer) -> _Batch:
     held_out = tuple(int.from_bytes(document_hash(text)[:8], "big") < threshold for text in texts)
-    documents = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_many(texts)]
+    documents = [[*ids, *ending] for ids in tokenizer.encode_many(texts)]
     ids = np.fromiter((token for ids in documents for token in ids), dtype=np.int32)
     return _Batch(held_out, ids, tuple(len(ids) for ids in documents))
 
 
-def _encode_batch_elsewhere(texts: list[str], threshold: int, tokenizer_path: str) -> _Batch:
-    return _encode_batch(texts, threshold, _tokenizer_of_process(tokenizer_path))
+def _encode_batch_elsewhere(texts: list[str], threshold: int, ending: list[int], tokenizer_path: str) -> _Batch:
+    return _encode_batch(texts, threshold, ending, _tokenizer_of_process(tokenizer_path))
 
 
 @lru_cache(maxsize=1)

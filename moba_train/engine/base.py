@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moba_train.data.row import Row
+from moba_train.engine.phases import OnPhase
 from moba_train.parallel.topology import Topology
 
 AttentionMode = Literal["stage", "moba", "full", "random"]
@@ -35,6 +36,9 @@ class StepResult:
         skipped: the loss or the gradient norm was not finite, so that the weights were left as they were.
         routing: `moba/*` numbers of the step when `collect_routing` was asked for: "entropy" (share of the largest
             possible), "top_chunk_share", "distance_1", "distance_2_4", ... (share of picks by distance in chunks).
+        memory: component -> GiB of the rank that needs most, when `measure_memory` was asked for; see `memory`.
+        peak_memory_gib: the most that a rank has held at once so far.
+        comm: `comm/*` numbers, where a row is shared by several ranks: see `step_traffic`.
     """
 
     loss: float
@@ -42,6 +46,9 @@ class StepResult:
     grad_norm: float
     skipped: bool
     routing: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    peak_memory_gib: float = 0.0
+    comm: dict[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,29 @@ class Engine(Protocol):
         """Parameters of the whole model, over all ranks."""
         ...
 
-    def set_stage(self, index: int) -> None:
-        """Switch attention plan and RoPE table to stage `index`; weights and optimizer state stay."""
+    def set_stage(self, index: int, *, documents: Sequence[tuple[int, ...]] = ()) -> tuple[str, ...]:
+        """Switch attention plan, transports and RoPE table to stage `index`; weights and optimizer state stay.
+
+        Collective. `documents`: cumulative document lengths of typical rows, by which transports are chosen; () = every
+        row is one document. Returns lines for the log.
+        """
         ...
 
-    def train_step(self, rows: Sequence[Row], *, lr: float, collect_routing: bool = False) -> StepResult:
-        """Accumulate gradients over this data-parallel rank's rows, then step once with learning rate `lr`."""
+    def train_step(
+        self,
+        rows: Sequence[Row],
+        *,
+        lr: float,
+        step: int = 1,
+        collect_routing: bool = False,
+        measure_memory: bool = False,
+        on_phase: OnPhase | None = None,
+    ) -> StepResult:
+        """Accumulate gradients over this data-parallel rank's rows, then step once with learning rate `lr`.
+
+        `on_phase` is told where the step is. Raises ConfigError where ranks disagree on what they are about to compute
+        (`step`, counted from 1, among it), and ExchangeError where they lose each other.
+        """
         ...
 
     def score(self, row: Row, *, attention: AttentionMode = "stage", query_positions: Sequence[int] = ()) -> RowScores:

@@ -1,27 +1,37 @@
 """A global row -> what this rank puts into its part of the model.
 
-Legend: S tokens of this rank's shard.
+A shard is padded at its end to a multiple of the tensor-parallel degree, because tensor-parallel ranks share its tokens
+between the projections, and to one token where it has none. Padding has token id 0, counts in no loss, and ends in the
+core attention (`moba_train.model.attention`): no other token, statistic or score sees it.
+
+Legend: S tokens of this rank's shard, L the same with padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moba_train.config.schema import RopeConfig
 from moba_train.data.row import Row
-from moba_train.errors import ConfigError
 from moba_train.model.plan import AttentionSpec
 from moba_train.model.row_context import RandomPicks, RowContext, row_context
+from moba_train.parallel.rules import LayerTransports
 from moba_train.parallel.shard import Layout
 from moba_train.parallel.topology import Topology
+from moba_train.parallel.traffic import Traffic
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
 class LocalRow:
-    """This rank's shard of a row: tokens and labels int64 [1,S], loss mask fp32 [1,S], and the row's context."""
+    """This rank's shard of a row: tokens and labels int64 [1,L], loss mask fp32 [1,L], and the row's context."""
 
     tokens: Tensor
     labels: Tensor
@@ -37,21 +47,20 @@ class RowPlan:
     rope: RopeConfig
     head_dim: int
     layout: Layout
-    transport: str
+    transports: LayerTransports
+    node_ranks: int
     backend: str
 
     def local_row(
-        self, row: Row, topology: Topology, *, keep_routing: bool, random_picks: RandomPicks | None = None
+        self,
+        row: Row,
+        topology: Topology,
+        *,
+        keep_routing: bool,
+        random_picks: RandomPicks | None = None,
+        traffic: Traffic | None = None,
     ) -> LocalRow:
-        """Shard `row` for this rank. ConfigError when it has fewer tokens than there are context-parallel ranks."""
-        if row.tokens_S.size < topology.cp:  # a rank would hold nothing, which Megatron's layers cannot run
-            raise ConfigError(
-                "a row has fewer tokens than ranks share it",
-                where="parallel.cp",
-                got=f"{row.tokens_S.size} tokens, cp = {topology.cp}",
-                allowed="at least one token for each rank",
-                fix="lower parallel.cp, or use longer rows",
-            )
+        """Shard `row` for this rank. `traffic` counts what its layers exchange."""
         context = row_context(
             row.cu_seqlens,
             self.specs,
@@ -60,16 +69,29 @@ class RowPlan:
             layout=self.layout,
             cp_group=topology.cp_group,
             device=topology.device,
-            transport=self.transport,
+            transports=self.transports,
+            node_ranks=self.node_ranks,
+            traffic=traffic,
             backend=self.backend,
+            watch=topology.watch,
             random_picks=random_picks,
             keep_routing=keep_routing,
         )
         tokens, labels, mask = (
-            torch.from_numpy(array[context.held])[None].to(topology.device)
+            torch.from_numpy(_padded(array[context.held], topology.tp))[None].to(topology.device)
             for array in (row.tokens_S, row.labels_S, row.loss_mask_S)
         )
         return LocalRow(tokens, labels, mask, context)
 
 
-__all__ = ["LocalRow", "RowPlan"]
+def padded_length(num_tokens: int, tp: int) -> int:
+    """L: the least positive multiple of tp that holds a shard of S tokens."""
+    return max(1, -(-num_tokens // tp)) * tp
+
+
+def _padded(array: NDArray[Scalar], tp: int) -> NDArray[Scalar]:
+    """[S] -> [L], zeros at the end."""
+    return np.pad(array, (0, padded_length(len(array), tp) - len(array)))
+
+
+__all__ = ["LocalRow", "RowPlan", "padded_length"]

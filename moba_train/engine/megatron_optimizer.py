@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,7 +67,8 @@ def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """The optimizer's part of a sharded state dict, as Megatron makes it. Collective."""
-    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    with _positions_without_padding(optimizer):
+        state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     _own_step_counts(optimizer)
     return state
 
@@ -86,6 +89,36 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
             if steps[parameter] is not None:
                 held["step"] = steps[parameter]
     _own_step_counts(optimizer)
+
+
+@contextmanager
+def _positions_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Parameters' places in their buffer counted without the padding between buckets.
+
+    Megatron 0.16 to 0.19 collects a buffer's state without that padding, then looks parameters up where they lie with
+    it: what stands behind the first bucket would be saved shifted. A buffer has a second bucket where pipeline-parallel
+    ranks share a tied embedding.
+    """
+    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", ())]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        lengths = [bucket.numel_unpadded for bucket in buffer.buckets]
+        shifts = [bucket.offset - sum(lengths[:i]) for i, bucket in enumerate(buffer.buckets)]
+        buffer.param_index_map = {
+            parameter: (start - shifts[bucket], stop - shifts[bucket], bucket)
+            for parameter, (start, stop, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in zip(buffers, padded, strict=True):
+            buffer.param_index_map = positions
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """What this rank's part of the optimizer holds: moments, and master weights where they are not the weights."""
+    moments = [x for _, held in _states(optimizer) for x in held.values() if isinstance(x, torch.Tensor)]
+    return [*moments, *optimizer.get_parameters()]
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
@@ -138,4 +171,11 @@ def _finite(value: float) -> bool:
     return value - value == 0.0
 
 
-__all__ = ["build_optimizer", "load_optimizer_state", "sharded_optimizer_state", "step", "wrap_data_parallel"]
+__all__ = [
+    "build_optimizer",
+    "load_optimizer_state",
+    "optimizer_tensors",
+    "sharded_optimizer_state",
+    "step",
+    "wrap_data_parallel",
+]

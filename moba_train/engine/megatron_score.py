@@ -1,7 +1,7 @@
 """Scores of a row, brought from shards of tokens, vocabulary, heads and layers to the same global arrays on every rank.
 
-Legend: S tokens of this rank's shard, T tokens of the row, V vocabulary entries of this rank, Q queried positions,
-R routing heads.
+Legend: S tokens of this rank's shard, L the same with padding, T tokens of the row, M hidden size,
+Q queried positions, R routing heads.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moba_train.engine.local_row import LocalRow
-from moba_train.model.loss import token_losses
 from moba_train.model.row_context import RowContext
+from moba_train.model.tiled_loss import Head, token_scores
 from moba_train.parallel.topology import Topology
 
 
-def token_scores(logits: Tensor, local: LocalRow, topology: Topology) -> tuple[Tensor, Tensor]:
-    """logits [1,S,V] -> log-probability of each label fp32 [T] and the most probable token int64 [T].
+def row_scores(hidden: Tensor, local: LocalRow, topology: Topology, head: Head) -> tuple[Tensor, Tensor]:
+    """Final hidden states [1,L/tp,M] -> log-probability of each label fp32 [T], most probable token int64 [T].
 
     Collective over the context- and tensor-parallel groups, which get the same arrays.
     """
-    logits_SV = logits[0].float()
-    best_S = _argmax_over_vocabulary(logits_SV, topology)
-    own_SV = logits_SV.clone() if topology.tp > 1 else logits_SV  # Megatron's loss overwrites what it is given
-    losses = token_losses(own_SV[:, None], local.labels.T.contiguous(), tp=topology.tp)
-    log_prob_T = torch.zeros(local.context.pack.num_tokens, dtype=torch.float32, device=logits.device)
-    argmax_T = torch.zeros(local.context.pack.num_tokens, dtype=torch.int64, device=logits.device)
-    log_prob_T[local.context.positions_S] = -losses[:, 0]
-    argmax_T[local.context.positions_S] = best_S
+    losses_L, best_L = token_scores(hidden[0], local.labels[0], head)
+    num_tokens, context = local.context.num_local_tokens, local.context
+    log_prob_T = torch.zeros(context.pack.num_tokens, dtype=torch.float32, device=hidden.device)
+    argmax_T = torch.zeros(context.pack.num_tokens, dtype=torch.int64, device=hidden.device)
+    log_prob_T[context.positions_S] = -losses_L[:num_tokens]
+    argmax_T[context.positions_S] = best_L[:num_tokens]
     dist.all_reduce(log_prob_T, group=topology.cp_group)
     dist.all_reduce(argmax_T, group=topology.cp_group)
     return log_prob_T, argmax_T
@@ -72,17 +70,4 @@ def picks_at(context: RowContext, query_positions: Sequence[int], topology: Topo
     return picks
 
 
-def _argmax_over_vocabulary(logits_SV: Tensor, topology: Topology) -> Tensor:
-    """int64 [S]: the lowest token id with the largest logit over all tensor-parallel ranks."""
-    best = logits_SV.max(dim=-1)
-    if topology.tp == 1:
-        return best.indices
-    values = [torch.empty_like(best.values) for _ in range(topology.tp)]
-    tokens = [torch.empty_like(best.indices) for _ in range(topology.tp)]
-    dist.all_gather(values, best.values.contiguous(), group=topology.tp_group)
-    dist.all_gather(tokens, best.indices + topology.tp_rank * logits_SV.shape[1], group=topology.tp_group)
-    winner = torch.stack(values).max(dim=0).indices  # the first of equals: ranks hold rising token ids
-    return torch.stack(tokens).gather(0, winner[None])[0]
-
-
-__all__ = ["broadcast_from_last_stage", "picks_at", "token_scores"]
+__all__ = ["broadcast_from_last_stage", "picks_at", "row_scores"]

@@ -1,14 +1,17 @@
 """The core attention of every layer: layout changes around `context_attend`, no maths of its own.
 
 Megatron hands over this tensor-parallel rank's heads of the local shard; here keys get their convolution (where the
-model has one), queries and keys their rotation, and the plan of the row says full attention or MoBA.
+model has one), queries and keys their rotation, and the plan of the row says full attention or MoBA. Padding behind the
+shard (`moba_train.engine.local_row`) ends here: it is cut off before anything looks at other tokens.
 
-Legend: S tokens of this rank's shard, H query heads, K key/value heads (both of this tensor-parallel rank), D head dim.
+Legend: S tokens of this rank's shard, L the same with padding, H query heads, K key/value heads (both of this
+tensor-parallel rank), D head dim.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 import moba_kernels
 from moba_kernels import MoBA, Routing
@@ -71,12 +74,15 @@ class ContextCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [S,H,D], key and value [S,K,D] -> [S, H*D]. The mask follows from `packed_seq_params`, a RowContext.
+        """query [L,H,D], key and value [L,K,D] -> [L, H*D], zeros for padding.
 
+        The mask follows from `packed_seq_params`, a RowContext.
         Raises errors.BackendError when no backend serves the call.
         """
         context = packed_seq_params
         assert isinstance(context, RowContext) and context.rope is not None
+        num_tokens, padding = context.num_local_tokens, query.shape[0] - context.num_local_tokens
+        query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
         if self.key_conv is not None:
             key = self._convolve(self.key_conv, key, context)
         spec = context.plan[self.layer]
@@ -89,11 +95,15 @@ class ContextCoreAttention(MegatronModule):
                 spec,
                 layout=context.layout,
                 group=context.cp_group,
-                transport=context.transport,
+                transport=context.transports.of(spec),
                 cu_seqlens=context.pack,
                 softmax_scale=self.softmax_scale,
                 routing=self._given_routing(spec, query, key, context),
                 backend=context.backend,
+                node_ranks=context.node_ranks,
+                layer=self.layer,
+                traffic=context.traffic,
+                watch=context.watch,
             )
         except moba_kernels.BackendError as error:
             raise BackendError(
@@ -104,7 +114,8 @@ class ContextCoreAttention(MegatronModule):
             ) from error
         if context.keep_routing and isinstance(spec, MoBA) and result.routing is not None:
             context.routings[self.layer] = result.routing
-        return result.out.flatten(1)
+        out = result.out.flatten(1)
+        return functional.pad(out, (0, 0, 0, padding)) if padding else out
 
     def _given_routing(self, spec: object, query: Tensor, key: Tensor, context: RowContext) -> Routing | None:
         """Picks that are not to be made anew: those of the forward pass under recompute, or random ones."""
@@ -121,7 +132,17 @@ class ContextCoreAttention(MegatronModule):
         group, num_tokens = context.cp_group, context.pack.num_tokens
         num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         layout = context.layout if num_ranks > 1 else "contiguous"  # one rank holds one piece, however it is named
-        halos = key_halo(key_SKD, key_conv.width - 1, num_tokens=num_tokens, layout=layout, group=group)
+        halos = key_halo(
+            key_SKD,
+            key_conv.width - 1,
+            num_tokens=num_tokens,
+            layout=layout,
+            group=group,
+            pack=context.pack,
+            layer=self.layer,
+            traffic=context.traffic,
+            watch=context.watch,
+        )
         lengths = [stop - start for start, stop in shard_pieces(num_tokens, num_ranks, rank, layout)]
         assert context.document_offset_S is not None
         return key_conv(key_SKD, halos, lengths, context.document_offset_S)

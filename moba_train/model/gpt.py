@@ -1,11 +1,17 @@
 """ModelConfig -> Megatron-core GPTModel: pre-norm layers of GQA and SwiGLU, RMSNorm, no biases, no dropout.
 
-Megatron's local layer spec is used as it is, with one part replaced: the core attention is ours
-(`moba_train.model.attention`), which also applies the rotary embedding; Megatron's position_embedding_type is "none".
+Megatron's local layer spec is used as it is, with two parts replaced: the core attention is ours
+(`moba_train.model.attention`), which also applies the rotary embedding (Megatron's position_embedding_type is "none"),
+and so are the norms (`moba_train.model.norm`).
+
+Tensor-parallel ranks always share a shard's tokens outside the projections and the attention (Megatron's sequence
+parallelism, arXiv 2205.05198): each all-reduce becomes a reduce-scatter and an all-gather, and norms, residuals and
+saved inputs take 1/tp of the memory.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,27 +20,67 @@ from torch import Tensor
 from moba_train.config.schema import EngineConfig, ModelConfig
 from moba_train.errors import ConfigError
 from moba_train.model import megatron_cpu
+from moba_train.model.row_context import RowContext
 from moba_train.parallel.topology import Topology
 from moba_train.quiet import quiet_imports
 
 with quiet_imports():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from moba_train.model.attention import ContextCoreAttention
-from moba_train.model.loss import token_losses
+from moba_train.model.norm import RmsNorm
+from moba_train.model.offload import CudaLink, Link, checkpoints_through
+from moba_train.model.tiled_loss import Head, OnTile, token_losses
+from moba_train.model.tiled_mlp import tile_mlp
 from moba_train.model.weights import initialize_weights
 
 
 class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no types
-    """Megatron's model with our loss."""
+    """Megatron's model, without logits: it ends in hidden states, which the loss multiplies by the head tile by tile.
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels int64 [B,S], logits [S,B,V] -> the loss of each token, fp32 [B,S]."""
-        losses_SB = token_losses(logits, labels.T.contiguous(), tp=self.config.tensor_model_parallel_size)
-        return losses_SB.T.contiguous()
+    Attributes:
+        on_loss_tile: is told about every tile of the loss.
+        checkpoint_link: where the checkpoints of recompute wait; None = where they are.
+    """
+
+    on_loss_tile: OnTile | None = None
+    checkpoint_link: Link | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: None,
+        attention_mask: None,
+        *,
+        packed_seq_params: RowContext,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """See `build_gpt`. Positions and mask follow from the RowContext."""
+        with self._checkpoints(input_ids.shape[1]):
+            hidden: Tensor = super().forward(
+                input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params
+            )
+        if labels is None or not self.post_process:
+            return hidden
+        return token_losses(hidden[0], labels[0], self.head)[None]
+
+    def _checkpoints(self, num_tokens: int) -> AbstractContextManager[None]:
+        if self.checkpoint_link is None or not self.training:
+            return nullcontext()
+        tokens_of_rank = num_tokens // self.config.tensor_model_parallel_size
+        return checkpoints_through(self.checkpoint_link, (tokens_of_rank, 1, self.config.hidden_size))
+
+    @property
+    def head(self) -> Head:
+        """The output head of the last pipeline rank, tied or not."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return Head(weight, self.pg_collection.tp, on_tile=self.on_loss_tile)
 
 
 def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topology) -> TransformerConfig:
@@ -58,6 +104,7 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topol
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tp,
+        sequence_parallel=topology.tp > 1,
         context_parallel_size=topology.cp,
         pipeline_model_parallel_size=topology.pp,
         pipeline_dtype=dtype,
@@ -81,10 +128,13 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topol
 
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
-    """Megatron's local layer with our core attention."""
+    """Megatron's local layer with our core attention and norms."""
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
-    attention = spec.submodules.self_attention
-    attention.submodules.core_attention = partial(ContextCoreAttention, key_conv=model.key_conv)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = partial(ContextCoreAttention, key_conv=model.key_conv)
+    layer.input_layernorm = layer.pre_mlp_layernorm = RmsNorm
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RmsNorm
     return spec
 
 
@@ -92,14 +142,20 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
     """This rank's part of the model, initialised, on `topology.device`.
 
     The weights are a function of (model, seed) alone: any mesh starts from the same model. The model's forward takes
-    token ids [1,S] of this rank's shard and a RowContext as `packed_seq_params`; it returns logits [1, S, vocabulary /
-    tp] or, given labels [1,S], the loss of each token [1,S].
+    token ids [1,S] of this rank's shard and a RowContext as `packed_seq_params`; the last pipeline rank returns the
+    final hidden states [1, S / tp, hidden_size] or, given labels [1,S], the loss of each token, fp32 [1,S]; see
+    `tiled_loss` for what to do with hidden states. S is a multiple of tp: the shard's own tokens come first, the rest
+    is padding that no other token sees.
     """
+    _check_offload(engine, topology)
     config = transformer_config(model, engine, topology)
+    layers = [layer_spec(model)] * (model.num_layers // topology.pp)
     with megatron_cpu.cuda_calls_on_cpu():
+        if config.sequence_parallel:  # then Megatron forks this tracker in every forward; our models draw nothing
+            model_parallel_cuda_manual_seed(0)
         gpt = Gpt(
             config=config,
-            transformer_layer_spec=layer_spec(model),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm),
             vocab_size=model.vocab_size,
             max_sequence_length=1,  # only learned position embeddings would read it
             pre_process=topology.pp_rank == 0,
@@ -109,7 +165,30 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
         )
     initialize_weights(gpt, model, topology, seed=seed)
     placed: Gpt = gpt.to(device=topology.device, dtype=config.params_dtype)
+    if placed.post_process:
+        placed.output_layer.forward = _hand_on  # its weight stays where checkpoints have it
+    if engine.recompute == "full":
+        for layer in placed.decoder.layers:
+            tile_mlp(layer.mlp, num_ranks=topology.tp)
+    if engine.offload == "host":
+        placed.checkpoint_link = CudaLink(topology.device)
     return placed
+
+
+def _hand_on(hidden: Tensor, weight: Tensor | None, runtime_gather_output: bool | None) -> tuple[Tensor, None]:
+    """The forward of the output layer, in Megatron's form."""
+    return hidden, None
+
+
+def _check_offload(engine: EngineConfig, topology: Topology) -> None:
+    if engine.offload == "host" and topology.device.type != "cuda":
+        raise ConfigError(
+            "checkpoints are in host memory already where the model runs on the CPU",
+            where="engine.offload",
+            got='"host" on a CPU',
+            allowed='"none"',
+            fix='set engine.offload = "none"',
+        )
 
 
 def _check_mesh(model: ModelConfig, topology: Topology) -> None:

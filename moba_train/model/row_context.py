@@ -17,7 +17,10 @@ from torch import Tensor
 from moba_kernels import AttentionSpec, MoBA, Pack, Routing, random_routing
 from moba_train.config.schema import RopeConfig
 from moba_train.model.rope import RopeTable, rope_table
+from moba_train.parallel.rules import AUTO_TRANSPORTS, LayerTransports
 from moba_train.parallel.shard import Layout, shard_positions
+from moba_train.parallel.traffic import Traffic
+from moba_train.parallel.watch import Watch
 from moba_train.quiet import quiet_imports
 
 with quiet_imports():
@@ -56,7 +59,10 @@ class RowContext(PackedSeqParams):
         held: int64 [S] on the host, their global token indices, ascending.
         positions_S: the same on the device.
         document_offset_S: int64 [S], tokens of the same document before each.
-        layout, cp_group, transport, backend: how the row is sharded and attention is executed.
+        layout, cp_group, backend: how the row is sharded and attention is executed.
+        transports: of each kind of layer; node_ranks: context-parallel ranks that share a node.
+        traffic: counts the bytes that this rank's layers exchange.
+        watch: is told which exchange this rank waits for.
         random_picks: routes at random where it is given.
         keep_routing: keep each layer's picks in `routings`: activation recompute replays them, statistics read them.
         routings: global layer -> this rank's picks. A layer found here does not route again.
@@ -69,11 +75,19 @@ class RowContext(PackedSeqParams):
     positions_S: Tensor | None = None
     document_offset_S: Tensor | None = None
     layout: Layout = "zigzag"
-    transport: str = "auto"
+    transports: LayerTransports = AUTO_TRANSPORTS
+    node_ranks: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
     backend: str = "auto"
+    watch: Watch | None = None
     random_picks: RandomPicks | None = None
     keep_routing: bool = False
     routings: dict[int, Routing] = field(default_factory=dict)
+
+    @property
+    def num_local_tokens(self) -> int:
+        """S: tokens of this rank's shard; may be 0. What layers hold beyond them is padding."""
+        return len(self.held)
 
 
 def document_offsets(positions: NDArray[np.int64], cu_seqlens: tuple[int, ...]) -> NDArray[np.int64]:
@@ -91,8 +105,11 @@ def row_context(
     layout: Layout,
     cp_group: torch.distributed.ProcessGroup | None,
     device: torch.device,
-    transport: str = "auto",
+    transports: LayerTransports = AUTO_TRANSPORTS,
+    node_ranks: int = 1,
+    traffic: Traffic | None = None,
     backend: str = "auto",
+    watch: Watch | None = None,
     random_picks: RandomPicks | None = None,
     keep_routing: bool = False,
 ) -> RowContext:
@@ -112,8 +129,11 @@ def row_context(
         positions_S=torch.from_numpy(positions).to(device),
         document_offset_S=offsets_S,
         layout=layout,
-        transport=transport,
+        transports=transports,
+        node_ranks=node_ranks,
+        traffic=Traffic() if traffic is None else traffic,
         backend=backend,
+        watch=watch,
         random_picks=random_picks,
         keep_routing=keep_routing,
     )

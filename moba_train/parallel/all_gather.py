@@ -58,7 +58,7 @@ class AllGather:
             )
             outs.append(partial.out)
             lses.append(partial.lse)
-            del k_TKD, v_TKD  # before the next stride takes its place
+            del k_TKD, v_TKD, partial  # before the next stride takes its place
         lse_SH = torch.cat(lses, 1)
         return Sent(torch.cat(outs, 1), lse_SH, (q_SHD, k_SKD, v_SKD, lse_SH))
 
@@ -88,11 +88,12 @@ class AllGather:
                 softmax_scale=call.softmax_scale,
                 backend=call.backend,
             )
+            del k_TKD, v_TKD  # before the message of their gradients takes as much again
             dqs.append(dq)
             if going is not None:
                 going.finish(dks, dvs)
             going = _start_reduce_scatter(dk_TKD, dv_TKD, k_SKD.shape[0], call)
-            del k_TKD, v_TKD, dk_TKD, dv_TKD
+            del dq, dk_TKD, dv_TKD
         assert going is not None  # there is at least one KV head
         going.finish(dks, dvs)
         return torch.cat(dqs, 1), torch.cat(dks, 1), torch.cat(dvs, 1)
@@ -105,19 +106,19 @@ class AllGather:
     def _gathered(
         self, k_SKD: Tensor, v_SKD: Tensor, call: ShardedCall, phase: str
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """(first, stop, k [T,stop-first,D], v [T,stop-first,Dv]) for every stride of KV heads."""
+        """(first, stop, k [T,stop-first,D], v [T,stop-first,Dv]) for every stride of KV heads.
+
+        The tensors belong to whoever gets them: nothing here holds on to them.
+        """
         num_kv_heads = k_SKD.shape[1]
         stride = self.stride(call.pack.num_tokens, k_SKD, v_SKD)
         strides = [(first, min(first + stride, num_kv_heads)) for first in range(0, num_kv_heads, stride)]
-        coming: _Gather | None = _start_gather(k_SKD, v_SKD, *strides[0], call, phase)
+        coming = [_start_gather(k_SKD, v_SKD, *strides[0], call, phase)]
         for (first, stop), following in zip(strides, [*strides[1:], None], strict=True):
-            assert coming is not None
-            k_TKD, v_TKD = coming.finish()
-            coming = None  # its buffer goes before the next one comes
+            arrived = [coming.pop().finish()]  # its buffer goes before the next one comes
             if following is not None:
-                coming = _start_gather(k_SKD, v_SKD, *following, call, phase)
-            yield first, stop, k_TKD, v_TKD
-            del k_TKD, v_TKD
+                coming.append(_start_gather(k_SKD, v_SKD, *following, call, phase))
+            yield first, stop, *arrived.pop()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@
 
 N ranks give what one rank gives: the same picks, and outputs and gradients up to the order of fp32 additions.
 
+What a call checks is this rank's own: the shard's length, and that the routing fits. That ranks agree on row, spec,
+layout, heads and dtype is the caller's to see to, as the engine does once a step (fingerprint.py): where they send
+different amounts, gloo ends the process and NCCL hangs until its timeout.
+
 Shape letters: T tokens of the row, S tokens of the shard, H query heads, K key/value heads, D head dim, Dv value dim.
 """
 
@@ -37,16 +41,31 @@ from moba_kernels.dispatch import resolve
 from moba_kernels.pack import planned_pairs_of_lengths
 from moba_kernels.ranges import row_dot
 
+from .a2a import AllToAll
+from .a2a_all_gather import AllToAllAllGather
 from .all_gather import AllGather
-from .collectives import all_reduce
-from .cut import Layout, shard_length, shard_pieces
+from .cost import choose_transport
+from .cut import Layout, Pieces, shard_length, shard_pieces
+from .hardware import PRESETS, preset_of_device
 from .pooled_keys import route_over
+from .pull import Pull
+from .route_queries import RouteQueries
 from .rules import refusals
 from .traffic import Traffic
 from .transport import ShardedCall, Transport, device_positions, row_cut
+from .volume import HeadShape, RowShape
+from .watch import Watch
 from .wire import Group, Wire
 
-TRANSPORTS: Mapping[str, Transport] = MappingProxyType({"all_gather": AllGather()})
+TRANSPORTS: Mapping[str, Transport] = MappingProxyType(
+    {
+        "all_gather": AllGather(),
+        "a2a": AllToAll(),
+        "a2a+all_gather": AllToAllAllGather(),
+        "pull": Pull(),
+        "route_queries": RouteQueries(),
+    }
+)
 # GPUs of a node in the machines that people train on; `context_attend` may be told otherwise.
 NODE_RANKS = 8
 
@@ -67,15 +86,17 @@ def context_attend(
     node_ranks: int = NODE_RANKS,
     layer: int | None = None,
     traffic: Traffic | None = None,
+    watch: Watch | None = None,
 ) -> AttendResult:
     """Causal attention, full or MoBA, of this rank's shard over the whole row. Collective over `group`.
 
     Args:
         q: [S,H,D]; k: [S,K,D]; v: [S,K,Dv]: this rank's shard, keys after RoPE; S may be 0.
         spec: Full() or MoBA(chunk_size, topk, select).
-        layout: how the row is cut (shard.py), any T and any number of ranks.
+        layout: how the row is cut (cut.py), any T and any number of ranks.
         group: context-parallel group; None or one rank is `moba_kernels.attend`.
-        transport: "auto", or one of `rules.TRANSPORT_NAMES`.
+        transport: "auto" = what the cost model (cost.py) finds cheapest for this row on this kind of device, or one of
+            `rules.TRANSPORT_NAMES`.
         cu_seqlens: documents of the *whole* row: a Pack (built once a row), their cumulative lengths, or None = one
             document (the slow form: ranks add up their lengths first).
         softmax_scale: None = 1/sqrt(D).
@@ -83,32 +104,25 @@ def context_attend(
             keys are pooled or exchanged.
         backend: backend of `moba_kernels`.
         node_ranks: at most so many consecutive ranks share a node; "a2a+all_gather" exchanges heads among them.
-        layer: named if an exchange breaks off.
-        traffic: counts the bytes that this call exchanges, and its backward pass when it runs.
+        layer: named if an exchange breaks off; traffic: counts the bytes of this call, and of its backward pass when it
+            runs; watch: is told which exchange this rank waits for.
     Returns:
         AttendResult of the local queries: out [S,H,Dv] in q's dtype, differentiable in q, k, v; lse [S,H] fp32, over
         the whole row; routing always (None under Full); report: pairs planned for the queries of this rank, and pairs
         computed on this rank, which are equal in the sum over ranks (some transports compute where the keys are).
-    Raises ValueError when the shard does not have the length that the row, the layout and the rank call for, for an
-    unknown layout, and for a transport that is unknown or cannot serve; ExchangeError when an exchange breaks off.
+    Raises ValueError for a shard of the wrong length and a layout or transport that is unknown or cannot serve;
+    ExchangeError when an exchange breaks off.
     """
     num_ranks = 1 if group is None else group.size()
-    chosen = _transport(transport, spec, q.shape[1], k.shape[1], num_ranks)
+    _check_transport(transport, spec, q.shape[1], k.shape[1], num_ranks)
     pack = _whole_row(cu_seqlens, q, group)
     if group is None or num_ranks == 1 or pack.num_tokens == 0:
-        return attend(
-            q,
-            k,
-            v,
-            spec,
-            cu_seqlens=pack,
-            softmax_scale=softmax_scale,
-            backend=backend,
-            routing=routing,
-            return_routing=True,
-        )
+        options = {"softmax_scale": softmax_scale, "backend": backend, "routing": routing, "return_routing": True}
+        return attend(q, k, v, spec, cu_seqlens=pack, **options)  # type: ignore[arg-type]
     _check_shard(q, k, v, pack, num_ranks, group.rank(), layout)
-    wire = Wire(group, Traffic() if traffic is None else traffic, chosen.name, layer)
+    if transport == "auto":
+        transport = _cheapest(q, k, v, spec, pack, num_ranks, layout, node_ranks)
+    wire = Wire(group, Traffic() if traffic is None else traffic, transport, layer, watch=watch)
     cut = row_cut(pack, num_ranks, layout)
     positions_S = device_positions(pack, cut, group.rank(), q.device)
     if routing is not None:
@@ -118,25 +132,31 @@ def context_attend(
     call = ShardedCall(
         spec, pack, cut, group.rank(), wire, positions_S, routing, softmax_scale, backend, node_ranks=node_ranks
     )
-    tally = PairTally()
-    out, lse = _ContextAttend.apply(q, k, v, call, chosen, tally)  # type: ignore[no-untyped-call]
-    planned = planned_pairs_of_shard(pack, spec, num_ranks=num_ranks, rank=group.rank(), layout=layout) * q.shape[1]
-    covered = pack.segments(spec, complete=routing is None or routing.complete).num_covered_documents
-    report = ExecutionReport(resolve(backend, q, v).name, planned, tally, covered)
-    return AttendResult(out, lse, routing, report)
+    return _attend_shard(q, k, v, call, TRANSPORTS[transport])
+
+
+def _attend_shard(q: Tensor, k: Tensor, v: Tensor, call: ShardedCall, transport: Transport) -> AttendResult:
+    tally, spec, pack = PairTally(), call.spec, call.pack
+    out, lse = _ContextAttend.apply(q, k, v, call, transport, tally)  # type: ignore[no-untyped-call]
+    planned = _planned_pairs(pack, spec, call.cut.pieces[call.rank]) * q.shape[1]
+    covered = pack.segments(spec, complete=call.routing is None or call.routing.complete).num_covered_documents
+    report = ExecutionReport(resolve(call.backend, q, v).name, planned, tally, covered)
+    return AttendResult(out, lse, call.routing, report)
 
 
 def planned_pairs_of_shard(pack: Pack, spec: AttentionSpec, *, num_ranks: int, rank: int, layout: Layout) -> int:
-    """(query, key) pairs that one query head of this shard attends to; summed over ranks: `pack.planned_pairs(spec)`.
+    """(query, key) pairs that one query head of this shard attends to; over all ranks: `pack.planned_pairs(spec)`."""
+    return _planned_pairs(pack, spec, shard_pieces(pack.num_tokens, num_ranks, rank, layout))
 
-    Queries look back only, so those of tokens start .. stop - 1 attend to what the row cut off at `stop` plans, less
+
+def _planned_pairs(pack: Pack, spec: AttentionSpec, pieces: Pieces) -> int:
+    """Queries look back only, so those of tokens start .. stop - 1 attend to what the row cut off at `stop` plans, less
     what the row cut off at `start` plans.
     """
 
     def planned_before(token: int) -> int:
         return planned_pairs_of_lengths(np.diff(np.minimum(pack.bounds, token)), spec)
 
-    pieces = shard_pieces(pack.num_tokens, num_ranks, rank, layout)
     return sum(planned_before(stop) - planned_before(start) for start, stop in pieces)
 
 
@@ -164,13 +184,28 @@ class _ContextAttend(torch.autograd.Function):
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None
 
 
-def _transport(name: str, spec: AttentionSpec, num_heads: int, num_kv_heads: int, num_ranks: int) -> Transport:
-    """The transport of that name. ValueError when it is unknown or cannot serve, with every reason."""
-    name = "all_gather" if name == "auto" else name
+def _check_transport(name: str, spec: AttentionSpec, num_heads: int, num_kv_heads: int, num_ranks: int) -> None:
+    """ValueError when the transport is unknown or cannot serve, with every reason."""
+    if name == "auto":
+        return
     reasons = refusals(name, spec, num_heads=num_heads, num_kv_heads=num_kv_heads, num_ranks=num_ranks)
     if reasons:
         raise ValueError(f"transport {name!r} cannot serve this call: {'; '.join(reasons)}; fix: pass transport='auto'")
-    return TRANSPORTS[name]
+
+
+def _cheapest(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, pack: Pack, num_ranks: int, layout: Layout, node_ranks: int
+) -> str:
+    """What the cost model chooses for this row and these shapes on this kind of device: once a row, alike on ranks."""
+    heads = HeadShape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.element_size())
+
+    def choose() -> str:
+        device_name = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else ""
+        row = RowShape(pack.num_tokens, num_ranks, layout, tuple(pack.cu_seqlens))
+        hardware = PRESETS[preset_of_device(device_name)]
+        return choose_transport(spec, heads, [row], hardware, node_ranks=node_ranks).transport
+
+    return pack.derived(("transport", spec, heads, num_ranks, layout, node_ranks, q.device), choose)
 
 
 def _whole_row(cu_seqlens: Pack | Sequence[int] | Tensor | None, q: Tensor, group: Group | None) -> Pack:
@@ -181,7 +216,7 @@ def _whole_row(cu_seqlens: Pack | Sequence[int] | Tensor | None, q: Tensor, grou
         return Pack(cu_seqlens)
     length = torch.tensor([q.shape[0]], device=q.device)
     if group is not None and group.size() > 1:
-        all_reduce(length, group=group).wait()
+        Wire(group, transport="row length").all_reduce(length, phase="forward/length").wait()
     num_tokens = int(length)
     return Pack([0, num_tokens] if num_tokens else [0])
 

@@ -57,7 +57,8 @@ class ThreadGroup:
         """received [n, ...] := part `rank` of the sum over ranks of sent [N * n, ...], added up in rank order."""
 
         def take(slots: Sequence[Tensor]) -> None:
-            received.copy_(torch.stack([x.chunk(self.size())[self.own_rank] for x in slots]).sum(0))
+            rows = received.shape[0]
+            received.copy_(torch.stack([x.narrow(0, self.own_rank * rows, rows) for x in slots]).sum(0))
 
         self._meet(sent, take)
 
@@ -73,7 +74,7 @@ class ThreadGroup:
         """received := the rows that each rank sends here, in rank order."""
 
         def take(slots: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
-            parts = [torch.split(x, list(rows))[self.own_rank] for x, rows in slots]
+            parts = [x.narrow(0, sum(rows[: self.own_rank]), rows[self.own_rank]) for x, rows in slots]
             assert [part.shape[0] for part in parts] == list(received_rows), "ranks disagree on what is sent"
             torch.cat(parts, out=received)
 

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moba_kernels import Pack
 from moba_kernels.derivative import refuse_second_derivative
 
 from .cut import IntArray, Layout, piece_bounds, piece_owners, shard_length, shard_pieces
 from .traffic import Traffic
+from .watch import Watch
 from .wire import Group, Wire
 
 
@@ -54,6 +56,35 @@ def halo_plan(num_tokens: int, halo: int, *, num_ranks: int, rank: int, layout: 
     return HaloPlan(np.concatenate(sent).astype(np.int64), np.concatenate(taken).astype(np.int64))
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a table on the device: out[slots] = x[rows], zeros elsewhere."""
+
+    slots: Tensor
+    rows: Tensor
+    num_slots: int
+
+    def taken_from(self, x: Tensor) -> Tensor:
+        """[num_slots, ...]"""
+        taken = x.new_zeros((self.num_slots, *x.shape[1:]))
+        taken[self.slots] = x[self.rows]
+        return taken
+
+    def add_to_(self, x: Tensor, values: Tensor) -> None:
+        """x[rows] += values[slots] in place. A row stands twice only where two halos of one rank overlap."""
+        x.index_add_(0, self.rows, values[self.slots])
+
+
+def _on_device(plan: HaloPlan, device: torch.device) -> tuple[_Rows, _Rows]:
+    """(sent, taken) of the plan."""
+
+    def copied(rows: IntArray) -> _Rows:
+        slots = np.flatnonzero(rows >= 0)
+        return _Rows(torch.from_numpy(slots).to(device), torch.from_numpy(rows[slots]).to(device), len(rows))
+
+    return copied(plan.sent), copied(plan.taken)
+
+
 def key_halo(
     x: Tensor,
     halo: int,
@@ -61,8 +92,10 @@ def key_halo(
     num_tokens: int,
     layout: Layout,
     group: Group | None,
+    pack: Pack | None = None,
     layer: int | None = None,
     traffic: Traffic | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """The `halo` tokens before each piece of this rank's shard. Collective over `group`; differentiable in `x`.
 
@@ -70,8 +103,11 @@ def key_halo(
         x: [S, ...] this rank's shard of a row of `num_tokens` tokens (keys, before the convolution); S may be 0.
         halo: tokens wanted before each piece, >= 0: the width of the convolution - 1.
         group: context-parallel group; None or one rank: the halo of a piece is the end of the piece before it.
+        pack: the row's documents; what follows from the row alone is kept there, so that no further layer copies it to
+            the device. None = copied for this call.
         layer: named if the exchange breaks off.
         traffic: counts the bytes.
+        watch: is told which exchange this rank waits for.
     Returns:
         [P, halo, ...] in x's dtype, pieces in token order as `shard_pieces` lists them; zeros before the row begins.
         Gradients reach the rank that owns the token, added up in fp32.
@@ -86,49 +122,41 @@ def key_halo(
         )
     if halo == 0:
         return x.new_empty((len(shard_pieces(num_tokens, num_ranks, rank, layout)), 0, *x.shape[1:]))
-    plan = halo_plan(num_tokens, halo, num_ranks=num_ranks, rank=rank, layout=layout)
+
+    def build() -> tuple[_Rows, _Rows]:
+        plan = halo_plan(num_tokens, halo, num_ranks=num_ranks, rank=rank, layout=layout)
+        return _on_device(plan, x.device)
+
+    known = ("halo", num_tokens, halo, num_ranks, rank, layout, x.device)
+    rows = build() if pack is None else pack.derived(known, build)
     wire = None
     if group is not None and num_ranks > 1:
-        wire = Wire(group, Traffic() if traffic is None else traffic, "halo", layer)
-    out: Tensor = _KeyHalo.apply(x, plan, halo, wire)  # type: ignore[no-untyped-call]
+        wire = Wire(group, Traffic() if traffic is None else traffic, "halo", layer, watch=watch)
+    out: Tensor = _KeyHalo.apply(x, *rows, halo, wire)  # type: ignore[no-untyped-call]
     return out
 
 
 class _KeyHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: HaloPlan, halo: int, wire: Wire | None) -> Tensor:
-        ctx.plan, ctx.wire, ctx.shape, ctx.dtype = plan, wire, x.shape, x.dtype
-        sent = _take(x, plan.sent)
+    def forward(ctx: Any, x: Tensor, sent_rows: _Rows, taken_rows: _Rows, halo: int, wire: Wire | None) -> Tensor:
+        ctx.sent_rows, ctx.taken_rows, ctx.wire, ctx.shape, ctx.dtype = sent_rows, taken_rows, wire, x.shape, x.dtype
+        sent = sent_rows.taken_from(x)
         table = sent
         if wire is not None and sent.numel():
             table = wire.all_gather(sent, phase="forward/halo").wait().flatten(0, 1)
-        return _take(table, plan.taken).view(len(plan.taken) // halo, halo, *x.shape[1:])
+        return taken_rows.taken_from(table).view(taken_rows.num_slots // halo, halo, *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, dhalo: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("key_halo")
-        plan, wire = ctx.plan, ctx.wire
+        wire = ctx.wire
         num_ranks = 1 if wire is None else wire.size
         accumulate = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        dtable = dhalo.new_zeros((num_ranks * len(plan.sent), *ctx.shape[1:]), dtype=accumulate)
-        _put_(dtable, plan.taken, dhalo.flatten(0, 1).to(accumulate))
+        dtable = dhalo.new_zeros((num_ranks * ctx.sent_rows.num_slots, *ctx.shape[1:]), dtype=accumulate)
+        ctx.taken_rows.add_to_(dtable, dhalo.flatten(0, 1).to(accumulate))
         dsent = dtable
         if wire is not None and dtable.numel():
             dsent = wire.reduce_scatter(dtable.view(num_ranks, -1, *ctx.shape[1:]), phase="backward/halo").wait()
         dx = dhalo.new_zeros(ctx.shape, dtype=accumulate)
-        _put_(dx, plan.sent, dsent)
-        return dx.to(ctx.dtype), None, None, None
-
-
-def _take(x: Tensor, rows: IntArray) -> Tensor:
-    """[len(rows), ...]: rows of x, zeros where the row is -1."""
-    taken = x.new_zeros((len(rows), *x.shape[1:]))
-    real = np.flatnonzero(rows >= 0)
-    taken[torch.from_numpy(real).to(x.device)] = x[torch.from_numpy(rows[real]).to(x.device)]
-    return taken
-
-
-def _put_(x: Tensor, rows: IntArray, values: Tensor) -> None:
-    """x[rows] += values in place, -1 = leave out. A row stands twice only where two halos of one rank overlap."""
-    real = np.flatnonzero(rows >= 0)
-    x.index_add_(0, torch.from_numpy(rows[real]).to(x.device), values[torch.from_numpy(real).to(x.device)])
+        ctx.sent_rows.add_to_(dx, dsent)
+        return dx.to(ctx.dtype), None, None, None, None

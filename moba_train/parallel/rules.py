@@ -6,9 +6,25 @@ that exchange heads with one another.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from moba_kernels.spec import AttentionSpec, MoBA
 
 TRANSPORT_NAMES = ("all_gather", "a2a", "a2a+all_gather", "pull", "route_queries")
+
+
+@dataclass(frozen=True)
+class LayerTransports:
+    """The transport of each kind of layer."""
+
+    moba: str = "auto"
+    full: str = "auto"
+
+    def of(self, spec: AttentionSpec) -> str:
+        return self.moba if isinstance(spec, MoBA) else self.full
+
+
+AUTO_TRANSPORTS = LayerTransports()
 
 
 def heads_divide(num_heads: int, num_kv_heads: int, ranks: int) -> bool:
@@ -44,4 +60,4 @@ def refusals(
     return tuple(reasons)
 
 
-__all__ = ["TRANSPORT_NAMES", "heads_divide", "inner_ranks", "refusals"]
+__all__ = ["AUTO_TRANSPORTS", "TRANSPORT_NAMES", "LayerTransports", "heads_divide", "inner_ranks", "refusals"]

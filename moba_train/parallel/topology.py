@@ -18,6 +18,9 @@ from moba_train.config.validate import check_world_size
 from moba_train.errors import BackendError, ConfigError
 from moba_train.quiet import quiet_imports
 
+from .sentry import collective_timeout_s
+from .watch import Watch
+
 with quiet_imports():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -46,13 +49,24 @@ class Topology:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """Data- and context-parallel ranks together: gradients and losses are reduced over it."""
+    control_group: dist.ProcessGroup
+    """All ranks, over gloo on every device: what is agreed on the host, before a step."""
+    replica_group: dist.ProcessGroup
+    """The ranks that hold one copy of the model and work on the same row, over gloo."""
     device: torch.device
     """With an index on CUDA."""
+    watch: Watch
+    """What this rank is at."""
 
     @property
     def is_first_rank(self) -> bool:
         """The rank that writes logs and files."""
         return self.rank == 0
+
+    @property
+    def replicas(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each replica, by data-parallel rank."""
+        return replica_ranks(tp=self.tp, cp=self.cp, pp=self.pp, dp=self.dp)
 
 
 def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: float) -> Topology:
@@ -64,7 +78,7 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
     Args:
         parallel: degrees of the mesh; dp = "auto" takes what tp * cp * pp leaves.
         device: torch.device("cpu") or ("cuda"); LOCAL_RANK chooses among several CUDA devices.
-        timeout_s: a collective that takes longer ends the job.
+        timeout_s: a rank that others wait for longer than this has ended the job, and all have said so (sentry.py).
 
     Raises ConfigError when the degrees do not multiply to the number of ranks or the launcher's variables are
     incomplete, BackendError when this process has no CUDA device to itself.
@@ -75,16 +89,20 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
     device = _own_device(device, int(env.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _join(env, device, timeout_s)
+    limit_s = collective_timeout_s(timeout_s)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         context_parallel_size=parallel.cp,
         pipeline_model_parallel_size=parallel.pp,
-        distributed_timeout_minutes=timeout_s / 60,
+        distributed_timeout_minutes=limit_s / 60,
         order="tp-cp-ep-dp-pp",
     )
     if device.type == "cuda":
         # Megatron forks this tracker wherever it would draw dropout; our models draw none, so the seed has no effect.
         model_parallel_cuda_manual_seed(0)
+    control_group, replica_group = _host_groups(
+        replica_ranks(tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, dp=dp), limit_s
+    )
     return Topology(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -101,7 +119,19 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        control_group=control_group,
+        replica_group=replica_group,
         device=device,
+        watch=Watch(device),
+    )
+
+
+def replica_ranks(*, tp: int, cp: int, pp: int, dp: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each of the dp replicas, ascending, under the numbering of this mesh."""
+    of_stage = tp * cp
+    return tuple(
+        tuple(stage * dp * of_stage + replica * of_stage + i for stage in range(pp) for i in range(of_stage))
+        for replica in range(dp)
     )
 
 
@@ -151,10 +181,27 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _host_groups(
+    replicas: tuple[tuple[int, ...], ...], timeout_s: float
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Over gloo: (all ranks, the ranks of this replica). The default group is taken where it serves."""
+    everyone: dist.ProcessGroup | None = dist.group.WORLD
+    timeout = timedelta(seconds=timeout_s)
+    if dist.get_backend() != "gloo":
+        everyone = dist.new_group(backend="gloo", timeout=timeout)
+    assert everyone is not None
+    mine = everyone
+    if len(replicas) > 1:
+        for ranks in replicas:
+            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+            mine = group if dist.get_rank() in ranks else mine
+    return everyone, mine
+
+
 def _join(env: dict[str, str], device: torch.device, timeout_s: float) -> None:
     """Build the default process group: with the ranks that the launcher named, or of one rank."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=collective_timeout_s(timeout_s))
     if env:
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moba_kernels import AttentionSpec, Pack, PairTally, Routing
 
-from .cut import Cut, Layout, cut_row
+from .cut import Cut, IntArray, Layout, cut_row
 from .wire import Wire
 
 
@@ -86,6 +86,30 @@ class Transport(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class HostCopy:
+    """A copy of a device tensor on its way to the host."""
+
+    host: Tensor
+    done: torch.cuda.Event | None
+
+    @staticmethod
+    def start(x: Tensor) -> HostCopy:
+        """Queue the copy; what is queued after it does not delay it."""
+        if x.device.type == "cpu":
+            return HostCopy(x, None)
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        return HostCopy(host, torch.cuda.current_stream(x.device).record_event())
+
+    def wait(self) -> IntArray:
+        """The host waits."""
+        if self.done is not None:
+            self.done.synchronize()
+        values: IntArray = self.host.numpy()
+        return values
+
+
 def row_cut(pack: Pack, num_ranks: int, layout: Layout) -> Cut:
     """The cut of a row, made once per row."""
     return pack.derived(("cut", num_ranks, layout), lambda: cut_row(pack.num_tokens, num_ranks, layout))
@@ -97,4 +121,4 @@ def device_positions(pack: Pack, cut: Cut, rank: int, device: torch.device) -> T
     return pack.derived(key, lambda: torch.from_numpy(cut.positions(rank)).to(device))
 
 
-__all__ = ["Sent", "ShardedCall", "Transport", "device_positions", "row_cut"]
+__all__ = ["HostCopy", "Sent", "ShardedCall", "Transport", "device_positions", "row_cut"]

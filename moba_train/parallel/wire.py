@@ -21,8 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moba_train.errors import ExchangeError
+
 from . import collectives
 from .traffic import Traffic
+from .watch import Watch, plain_text
 
 
 class Group(Protocol):
@@ -33,13 +36,14 @@ class Group(Protocol):
     def rank(self) -> int: ...
 
 
-class ExchangeError(RuntimeError):
-    """An exchange between ranks broke off: a rank died, stalled beyond the timeout, or disagreed on what is sent."""
-
-
 @dataclass(frozen=True)
 class Pending:
-    """An exchange under way. It keeps what is sent alive until `wait` has returned."""
+    """An exchange under way. It keeps what is sent alive until `wait` has returned.
+
+    On NCCL that is long enough, though the device may not have come so far: memory that is freed after `wait` is used
+    again by the same stream, which waits for the exchange first. So wait on the stream that started the exchange, and
+    wait for every one.
+    """
 
     work: collectives.Work
     finish: Callable[[], Tensor]
@@ -49,8 +53,13 @@ class Pending:
 
     def wait(self) -> Tensor:
         """The received tensor. Raises ExchangeError when the exchange broke off."""
+        watch = self.wire.watch
         with self.wire.named(self.phase):
+            if watch is not None:
+                watch.wait_begins(self.wire, self.phase)
             self.work.wait()
+            if watch is not None:
+                watch.wait_is_over()
             return self.finish()
 
 
@@ -64,6 +73,8 @@ class Wire:
     layer: int | None = None
     members: tuple[int, ...] = ()
     """Ranks of the group that this wire joins, ascending; () = all."""
+    watch: Watch | None = None
+    """Is told what this rank waits for."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -150,11 +161,15 @@ class Wire:
         except RuntimeError as error:
             if isinstance(error, ExchangeError | torch.OutOfMemoryError):
                 raise
-            where = "" if self.layer is None else f"layer {self.layer}, "
             raise ExchangeError(
-                f"an exchange broke off on context-parallel rank {self.group.rank()} of {self.group.size()}: {where}"
-                f"transport {self.transport or 'none'}, phase {phase}: {error}"
+                f"an exchange broke off on context-parallel rank {self.group.rank()} of {self.group.size()}: "
+                f"{self.place(phase)}: {plain_text(error)}"
             ) from error
+
+    def place(self, phase: str) -> str:
+        """The name of an exchange in messages: layer, transport, phase."""
+        where = "" if self.layer is None else f"layer {self.layer}, "
+        return f"{where}transport {self.transport or 'none'}, phase {phase}"
 
     def _even_all_to_all(self, sent: Tensor, finish: Callable[[Tensor], Tensor], phase: str) -> Pending:
         """sent [N, ...]: one row for every rank of the wire."""

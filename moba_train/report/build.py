@@ -13,8 +13,10 @@ from moba_train.eval.heatmap import format_share, render_niah
 from moba_train.eval.table import HEADER as NIAH_HEADER
 from moba_train.eval.table import niah_rows
 from moba_train.report import page, plots
-from moba_train.report.run_data import RunData, last_number, load_run, mean_number, number
+from moba_train.report.communication import communication
+from moba_train.report.run_data import RunData, last_number, load_run, mean_number, number, series
 from moba_train.report.stages import STAGE_HEADER, UNKNOWN, fixed, stage_rows, switches
+from moba_train.train.figures import memory_rows
 
 
 def _tiles(run: RunData) -> str:
@@ -153,6 +155,17 @@ def _routing(run: RunData) -> list[str]:
     ]
 
 
+def _memory(run: RunData) -> list[str]:
+    keys = {key for step in run.steps for key in step if key.startswith("memory/")}
+    largest = {key: max(series(run.steps, key)[1], default=0.0) for key in keys}
+    rows = [(name, how, f"{gib:.3f}") for name, gib, how in memory_rows(largest)]
+    note = (
+        "GiB of the rank that needs most. What is counted lives as long as the run; attention, mlp, loss, reduce and "
+        "step follow one another, so that the components add up to more than the peak."
+    )
+    return [page.paragraph(note), page.table(("component", "how it was got", "GiB"), rows, text_columns=2)]
+
+
 _METRICS = (
     ("train/lr", "learning rate", "Learning rate", True),
     ("train/grad_norm", "norm", "Gradient norm before clipping", True),
@@ -222,10 +235,15 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
         "training": "What the switch did",
         "held-out": "Held-out text",
         "routing": "Routing",
+        "memory": "Peak memory by component",
+        "communication": "Bytes between context-parallel ranks",
         "course": "Course of the training",
         "configuration": "Configuration and versions",
     }
-    makers = (_stages, _needle, _loss, _needle_in_training, _held_out, _routing, _course, _configuration)
+    makers = (
+        *(_stages, _needle, _loss, _needle_in_training, _held_out, _routing),
+        *(_memory, communication, _course, _configuration),
+    )
     sections = {name: make(run) for name, make in zip(titles, makers, strict=True)}
     body = [_tiles(run), *(page.section(name, titles[name], parts) for name, parts in sections.items() if any(parts))]
     notes = _missing(run, sections)

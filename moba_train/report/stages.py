@@ -8,6 +8,7 @@ from typing import Any
 
 from moba_train.report.plots import human
 from moba_train.report.run_data import RunData, StageSpan, Step, last_number, mean_number, number, series
+from moba_train.train.figures import time_per_token_us
 
 NEAR_STEPS = 10
 """Steps before and after a switch over which its training loss is averaged."""
@@ -58,6 +59,7 @@ STAGE_HEADER = (
     "needle MoBA",
     "needle full",
     "tokens/s",
+    "us per token",
 )
 
 
@@ -67,6 +69,7 @@ def stage_rows(run: RunData) -> list[tuple[str, ...]]:
     tokens_before = 0.0
     for stage in run.stages:
         tokens_after = last_number(stage.steps, "tokens")
+        _, rates = series(stage.steps, "perf/tokens_per_s")
         _, losses = series(stage.steps, "train/loss")
         near = min(NEAR_STEPS, max(1, len(losses) // 2))
         start, end = losses[:near], losses[-near:]
@@ -84,7 +87,8 @@ def stage_rows(run: RunData) -> list[tuple[str, ...]]:
                 fixed(last_number(stage.steps, "eval/loss_full")),
                 fixed(last_number(stage.steps, "eval/niah_moba"), 2),
                 fixed(last_number(stage.steps, "eval/niah_full"), 2),
-                UNKNOWN if (rate := mean_number(stage.steps, "perf/tokens_per_s")) is None else human(rate),
+                human(sum(rates) / len(rates)) if rates else UNKNOWN,
+                fixed(time_per_token_us(rates) if rates else None, 2),
             )
         )
         tokens_before = tokens_after if tokens_after is not None else tokens_before

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moba_train.engine.phases import Phase
+from moba_train.model.transport_plan import format_bytes
 from moba_train.train.metrics import Record
 
 # What the evaluation line shows: title, key without "eval/" and attention, format.
@@ -18,18 +22,25 @@ _EVALUATIONS: Final = (
     ("needle", "niah", ".2f"),
 )
 _ATTENTIONS: Final = (("moba", "MoBA"), ("full", "full"))
+# A step that takes longer says where it is, this often where there is no terminal.
+_PHASE_LINE_S: Final = 10.0
 
 
 class Log(Protocol):
-    """Takes whole lines. Ranks other than 0 have one that says nothing."""
+    """Takes whole lines, and where a step is. Ranks other than 0 have one that says nothing."""
 
     def line(self, text: str) -> None: ...
+
+    def phase(self, phase: Phase) -> None: ...
 
 
 class SilentLog:
     """The log of every rank but 0."""
 
     def line(self, text: str) -> None:
+        """Say nothing."""
+
+    def phase(self, phase: Phase) -> None:
         """Say nothing."""
 
 
@@ -42,13 +53,25 @@ class ConsoleLogger:
         total_steps: steps of the run, for the ETA.
         resume_step: finished steps at the start.
         console: where to write; None = standard output.
+        clock: seconds.
     """
 
-    def __init__(self, *, log_every: int, total_steps: int, resume_step: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        log_every: int,
+        total_steps: int,
+        resume_step: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._log_every = max(1, log_every)
         self._total_steps = total_steps
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._stage = ""
+        self._step = resume_step
+        self._clock = clock
+        self._step_begin_s = self._phase_line_s = clock()
         self._window_s: list[float] = []
         self._smooth_s = 0.0  # for the ETA, which should not jump
         self._bar: Progress | None = None
@@ -68,9 +91,21 @@ class ConsoleLogger:
         """Write one line above the progress bar."""
         self._console.print(text, markup=False)
 
+    def phase(self, phase: Phase) -> None:
+        """Show where the step is: in the bar of a terminal, elsewhere as a line now and then in a long step."""
+        now_s = self._clock()
+        if phase.part == "data":
+            self._step_begin_s = self._phase_line_s = now_s
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"step {self._step + 1}: {phase}")
+        elif now_s - self._phase_line_s >= _PHASE_LINE_S:
+            self._phase_line_s = now_s
+            elapsed = format_duration(now_s - self._step_begin_s)
+            self.line(f"  in step {self._step + 1}/{self._total_steps} since {elapsed}: {phase}")
+
     def write(self, record: Record) -> None:
         """Note a step; print its line if it is due."""
-        step = int(record["step"])
+        self._step = step = int(record["step"])
         self._window_s.append(float(record["perf/step_time_s"]))
         new_stage = record["stage"] != self._stage
         self._stage = str(record["stage"])
@@ -109,6 +144,7 @@ def format_step(record: Record, *, total_steps: int, mean_step_s: float, remaini
         f"({record['perf/tokens_per_s_per_rank'] * faster:,.0f}/rank)",
         f"MFU {mfu}",
         f"mem {record['memory/peak_gib']:.2f} GiB",
+        *([f"comm {format_bytes(record['comm/received_bytes'])}"] if "comm/received_bytes" in record else []),
         f"density {record['train/density']:.3f}",
         f"ETA {format_duration(remaining_s)}",
     ]

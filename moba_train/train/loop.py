@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moba_train.config.schema import CheckpointConfig, RunSection
+from moba_train.config.schema import CheckpointConfig, RunSection, StageConfig
 from moba_train.data.row import Row
 from moba_train.data.sampler import rows_of_step
 from moba_train.engine.base import Engine, StepResult
@@ -23,6 +23,9 @@ from moba_train.train.progress import Progress
 from moba_train.train.record import Meter, step_record
 from moba_train.train.schedule import Schedule
 from moba_train.train.signals import StopSignals
+
+# Rows that are looked at to learn how long a stage's documents are.
+TYPICAL_ROWS = 4
 
 Evaluator = Callable[[int, str, bool], Mapping[str, Any]]
 """(finished steps, stage name, end of a stage?) -> `eval/*` numbers, {} when it is not due. Collective."""
@@ -84,11 +87,13 @@ def train(
         stage = schedule.stages[place.stage_index]
         if data is None or place.stage_index != stage_index:
             stage_index, data = place.stage_index, stage_data(place.stage_index)
-            engine.set_stage(stage_index)
-            log.line(describe_stage(schedule, step))
+            documents = typical_documents(data, stage) if engine.topology.cp > 1 else ()  # they decide on transports
+            notes = engine.set_stage(stage_index, documents=documents)
+            for line in (describe_stage(schedule, step), *notes):
+                log.line(line)
 
-        want_routing = (step + 1) % max(1, run.log_every) == 0 or place.is_stage_end
-        result, record, stop_signal = _step(engine, schedule, step, data, meter, signals, want_routing)
+        look_inside = (step + 1) % max(1, run.log_every) == 0 or place.is_stage_end
+        result, record, stop_signal = _step(engine, schedule, step, data, meter, signals, log, look_inside)
         bad_steps.note(step + 1, stage.name, schedule.sample_ids(step), skipped=result.skipped)
         done = Progress(step + 1, stage_index, place.step_in_stage + 1, record["tokens"], bad_steps.in_a_row)
 
@@ -118,16 +123,26 @@ def _step(
     data: RowSource,
     meter: Meter,
     signals: StopSignals,
-    want_routing: bool,
+    log: Log,
+    look_inside: bool,
 ) -> tuple[StepResult, dict[str, Any], bool]:
     """Draw this rank's rows, train on them, agree with the others: (result, record, does any rank wish to stop)."""
     started_s = time.perf_counter()
     place, topology = schedule.place(step), engine.topology
     stage = schedule.stages[place.stage_index]
     sample_ids = rows_of_step(place.step_in_stage, rows_per_step=place.rows, dp_rank=topology.dp_rank, dp=topology.dp)
+    topology.watch.begin(f"step {step + 1}, reading rows")
     rows = [data.row(index) for index in sample_ids]
     lr = schedule.lr(step)
-    result = engine.train_step(rows, lr=lr, collect_routing=want_routing)
+    result = engine.train_step(
+        rows,
+        lr=lr,
+        step=step + 1,
+        collect_routing=look_inside,
+        measure_memory=look_inside,
+        on_phase=log.phase,
+    )
+    topology.watch.begin(f"what follows step {step + 1}")
     stop_signal, pairs = meter.agree(bool(signals.requested), stage, rows)
     step_time_s = time.perf_counter() - started_s
     position = step_record(
@@ -140,6 +155,12 @@ def _step(
     )
     performance = meter.performance(step_time_s=step_time_s, num_tokens=stage.tokens_per_step, pairs=pairs)
     return result, position | performance, stop_signal
+
+
+def typical_documents(data: RowSource, stage: StageConfig) -> list[tuple[int, ...]]:
+    """Cumulative document lengths of a stage's first rows; the same on every rank, and after a resume."""
+    rows = min(TYPICAL_ROWS, stage.tokens // stage.seq_len)
+    return [tuple(data.row(index).cu_seqlens) for index in range(rows)]
 
 
 def describe_stage(schedule: Schedule, step: int) -> str:
@@ -166,5 +187,6 @@ def _save(
     for sink in sinks:
         sink.flush()
     started_s = time.perf_counter()
+    engine.topology.watch.begin(f"saving step {progress.step}")
     path = store.save(engine, progress, stage_end=stage_end)
     log.line(f"saved {path} in {time.perf_counter() - started_s:.1f}s")

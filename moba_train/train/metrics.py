@@ -10,16 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from moba_train.train.manifest import replace_text
 
-GIB = 1024.0**3
 Record = Mapping[str, Any]
 
 
@@ -137,13 +133,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return records
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory use of this process so far: allocated GPU memory, or resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 / GIB
 
 
 def open_sinks(run_dir: Path, *, resume_step: int, console: MetricSink) -> Sequence[MetricSink]:

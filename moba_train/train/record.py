@@ -13,7 +13,6 @@ from moba_train.data.row import Row
 from moba_train.engine.base import StepResult
 from moba_train.parallel import ranks
 from moba_train.train.flops import PairCounts, row_pairs, step_flops
-from moba_train.train.metrics import peak_memory_gib
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Meter:
         return wish > 0, PairCounts(*(value / self.replicas for value in pairs))
 
     def performance(self, *, step_time_s: float, num_tokens: int, pairs: PairCounts) -> dict[str, float]:
-        """The `perf/*`, `train/density` and `memory/*` numbers of a step; TFLOP/s are per rank."""
+        """The `perf/*` numbers and `train/density` of a step; TFLOP/s are per rank."""
         flops = step_flops(self.model, num_tokens=num_tokens, pairs=pairs, full_recompute=self.full_recompute)
         rank_seconds = step_time_s * self.world_size
         tera = 1e12 * rank_seconds
@@ -64,7 +63,6 @@ class Meter:
             "perf/tflops_with_recompute": flops.with_recompute / tera,
             "perf/tflops_dense_equivalent": flops.dense_equivalent / tera,
             "train/density": pairs.density,
-            "memory/peak_gib": peak_memory_gib(self.device),
         }
         if self.peak_tflops is not None:
             numbers["perf/mfu"] = numbers["perf/tflops"] / self.peak_tflops
@@ -74,7 +72,7 @@ class Meter:
 def step_record(
     *, step: int, stage: StageConfig, stage_index: int, tokens: int, lr: float, result: StepResult
 ) -> dict[str, Any]:
-    """Position, loss, learning rate and routing of a step. `step` counts finished steps, this one included."""
+    """Position, loss, learning rate, routing, memory and bytes of a step; `step` counts finished steps with this."""
     record: dict[str, Any] = {
         "step": step,
         "stage": stage.name,
@@ -84,7 +82,10 @@ def step_record(
         "train/lr": lr,
         "train/grad_norm": result.grad_norm,
         "train/loss_tokens": result.num_loss_tokens,
+        "memory/peak_gib": result.peak_memory_gib,
     }
     if result.skipped:
         record["train/bad"] = True
+    record |= {f"memory/{name}_gib": value for name, value in result.memory.items()}
+    record |= {f"comm/{name}": value for name, value in result.comm.items()}
     return record | {f"moba/{name}": value for name, value in result.routing.items()}

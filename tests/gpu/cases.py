@@ -11,7 +11,7 @@ from moba_bench.shapes import Shape
 
 from moba_kernels import Full
 
-from . import checks
+from . import checks, context
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
@@ -35,6 +35,7 @@ def all_cases(device: str, *, toy: bool) -> list[Case]:
         Shape((150, 83), 4, 2, 64, 32, 3, dtype="bf16") if toy else Shape((900, 483), 8, 2, 128, 128, 4, dtype="bf16")
     )
     cases = [*_smoke(base), *_dtypes(base), *_dims(base, toy), *_heads(base), *_rows(base, toy), *_partials(base)]
+    cases += _ranks(base, toy)
     if device == "cuda" and not toy:
         cases += _on_gpu()
     return [*cases, *_other_backends(base), *_grid(toy)]
@@ -94,6 +95,15 @@ def _partials(base: Shape) -> Iterator[Case]:
     yield _case("parts", checks.check_parts, small)
     yield _case("parts", checks.check_parts, replace(small, select="group"))
     yield _case("parts, full attention", checks.check_parts, replace(small, dtype="fp32"), spec=Full())
+
+
+def _ranks(base: Shape, toy: bool) -> Iterator[Case]:
+    """Ranks that share the device, on packed rows whose chunks straddle shards."""
+    small = replace(base, documents=(150, 1, 83), dim=16, chunk=32) if toy else base
+    for ranks in (2, 4):
+        yield _case(f"{ranks} ranks", context.check_context, small, num_ranks=ranks)
+    yield _case("2 ranks", context.check_context, replace(small, dtype="fp32", select="group"), num_ranks=2)
+    yield _case("2 ranks, full attention", context.check_context, small, num_ranks=2, spec=Full())
 
 
 def _on_gpu() -> Iterator[Case]:

@@ -12,7 +12,6 @@ import pytest
 from moba_train.config.schema import OptimizerConfig
 from moba_train.engine.base import RowScores, StepResult
 from moba_train.engine.megatron import MegatronEngine
-from moba_train.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.integration.engine_case import (
     CASES,
@@ -119,17 +118,6 @@ def test_routing_numbers_are_alike_on_all_ranks_and_those_of_one_rank(one_rank, 
             assert outcome.step.routing == parallel[0][mesh].step.routing
             if outcome.step.routing and mesh[1] * mesh[2] * mesh[3] == len(parallel):  # one data-parallel rank
                 assert outcome.step.routing == pytest.approx(one_rank[mesh[0]].step.routing)
-
-
-def score_a_short_row(rank: int, n: int) -> str:
-    engine = engine_of(MIXED, cp=n)
-    with pytest.raises(ConfigError) as caught:
-        engine.score(packed_row(0, (0, 1, 2)))
-    return str(caught.value)
-
-
-def test_a_row_with_fewer_tokens_than_ranks_is_refused_on_every_rank() -> None:
-    assert all("2 tokens, cp = 3" in message for message in run_ranks(score_a_short_row, 3))
 
 
 def train_after_poison(rank: int, n: int) -> tuple[bool, bool, list[float]]:

@@ -120,6 +120,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_never_was(work
     code, out, err = ended(killed)
     assert code == 1 and "resuming from disturbed/checkpoints/step_" in out
     assert "with SIGKILL" in err
+    assert "(rank 0): error: ranks lost each other" in err and "rank 1: gone" in err
     assert len(records(run)) < STEPS
 
     code, out, err = ended(launch(workspace, *words))

@@ -20,7 +20,9 @@ from ..gpu import ROOT, cases, checks, run
 TOY = {case.name: case for case in cases.all_cases("cpu", toy=True)}
 
 
-@pytest.mark.parametrize("kind", ["pool", "route", "forward", "backward", "full attention", "two runs", "parts"])
+@pytest.mark.parametrize(
+    "kind", ["pool", "route", "forward", "backward", "full attention", "two runs", "parts", "4 ranks"]
+)
 def test_every_kind_of_gpu_check_passes_on_the_cpu(kind):
     case = next(case for name, case in TOY.items() if name.startswith(kind))
     assert case.run("cpu", "torch")

@@ -22,9 +22,9 @@ from tests.parallel.sharded_case import CASES, LAYOUTS, Case, check_case, error_
 def _all_cases(rank: int, n: int) -> None:
     for layout in LAYOUTS:
         for case in CASES:
-            check_case(case, dist.group.WORLD, layout, torch.float32, floor=2e-6)
+            check_case(case, dist.group.WORLD, layout, torch.float32, floor=2e-6, transport="all_gather")
         for case in CASES[1:2]:
-            check_case(case, dist.group.WORLD, layout, torch.bfloat16, floor=1e-3)
+            check_case(case, dist.group.WORLD, layout, torch.bfloat16, floor=1e-3, transport="all_gather")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
@@ -35,7 +35,7 @@ def test_output_gradients_and_routing_equal_one_rank(num_ranks: int) -> None:
 def _eight_ranks(rank: int, n: int) -> None:
     for layout in LAYOUTS:
         for case in (CASES[1], CASES[7]):
-            check_case(case, dist.group.WORLD, layout, torch.float32, floor=2e-6)
+            check_case(case, dist.group.WORLD, layout, torch.float32, floor=2e-6, transport="all_gather")
 
 
 def test_eight_ranks_equal_one_rank_though_some_hold_no_token() -> None:
@@ -69,8 +69,9 @@ def _frozen_routing(rank: int, n: int) -> set[str]:
     q, k, v, _ = (my_shard(x, rank, n, layout) for x in inputs_of(case))
     pack, group = Pack(case.cu_seqlens), dist.group.WORLD
     assert isinstance(case.spec, MoBA)
-    first = context_attend(q, k, v, case.spec, layout=layout, group=group, cu_seqlens=pack)
-    options = {"layout": layout, "group": group, "cu_seqlens": pack, "routing": first.routing}
+    options = {"layout": layout, "group": group, "cu_seqlens": pack, "transport": "all_gather"}
+    first = context_attend(q, k, v, case.spec, **options)  # type: ignore[arg-type]
+    options["routing"] = first.routing
     traffic = Traffic()
     again = context_attend(q, k, v, case.spec, traffic=traffic, **options)  # type: ignore[arg-type]
     assert torch.equal(first.out, again.out)

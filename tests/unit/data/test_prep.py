@@ -67,6 +67,17 @@ def test_every_document_is_in_train_or_in_valid_by_its_hash_and_ends_in_eod(prep
     assert 5 <= len(found["valid"]) <= 50
 
 
+def test_joined_text_is_one_document_of_the_same_tokens_on_each_side(prepared, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prep, "BATCH_KIB", 8)
+    report = prepare(options_of(source, tmp_path / "out", join=True, workers=2, needles={}))
+    eod_id = load_tokenizer(prepared / "tokenizer.model").eod_id
+    for name in ("train", "valid"):
+        apart, joined = open_indexed(prepared / name), open_indexed(tmp_path / "out" / name)
+        tokens = np.concatenate([apart.get(i)[:-1] for i in range(apart.num_documents)])
+        assert apart.num_documents > 1 and joined.num_documents == report.documents[name] == 1
+        assert np.array_equal(joined.get(0), [*tokens, eod_id])
+
+
 def test_the_same_document_twice_lands_on_the_same_side(source, tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text(source.read_text() * 2)

@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from moba_train.engine.phases import Phase
 from moba_train.train.console import ConsoleLogger
 from tests.unit.train.test_metrics import a_record
 
@@ -74,3 +75,29 @@ def test_brackets_in_a_stage_name_are_not_markup() -> None:
 
 def test_a_terminal_gets_a_progress_bar() -> None:
     assert "\x1b[" in "".join(log_of([a_record(1)], terminal=True))
+
+
+def phases_at(times_s: list[float], *, terminal: bool = False) -> str:
+    """What is written when phases of step 3 begin at these times; the first is "data"."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=200, highlight=False, soft_wrap=True)
+    clock = iter([0.0, *times_s])
+    logger = ConsoleLogger(log_every=1, total_steps=10, resume_step=2, console=console, clock=lambda: next(clock))
+    logger.phase(Phase("data"))
+    for layer in range(len(times_s) - 1):
+        logger.phase(Phase("attention", "forward", layer=layer, of=4))
+    logger.close()
+    return stream.getvalue()
+
+
+def test_a_long_step_says_now_and_then_where_it_is_and_a_short_one_says_nothing() -> None:
+    assert phases_at([100.0, 100.1, 101.0, 109.0]) == ""
+    assert phases_at([100.0, 108.0, 111.0, 113.0, 175.0]).splitlines() == [
+        "  in step 3/10 since 11s: forward, layer 2/4, attention",
+        "  in step 3/10 since 1m15s: forward, layer 4/4, attention",
+    ]
+
+
+def test_on_a_terminal_the_bar_says_where_the_step_is() -> None:
+    assert "in step" not in phases_at([100.0, 175.0], terminal=True)
+    assert "step 3: forward, layer 1/4, attention" in phases_at([100.0, 100.1], terminal=True)

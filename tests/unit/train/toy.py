@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from moba_train.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, RunSection, StageConfig
 from moba_train.data.row import Row
 from moba_train.engine.base import AttentionMode, RowScores, StepResult
+from moba_train.engine.phases import OnPhase, Phase
 from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.loop import Evaluator, TrainOutcome, train
@@ -51,10 +52,20 @@ class ToyEngine:
     def num_parameters(self) -> int:
         return self.weight.numel()
 
-    def set_stage(self, index: int) -> None:
+    def set_stage(self, index: int, *, documents: Sequence[tuple[int, ...]] = ()) -> tuple[str, ...]:
         self.stages_seen.append(index)
+        return ()
 
-    def train_step(self, rows: Sequence[Row], *, lr: float, collect_routing: bool = False) -> StepResult:
+    def train_step(
+        self,
+        rows: Sequence[Row],
+        *,
+        lr: float,
+        step: int = 1,
+        collect_routing: bool = False,
+        measure_memory: bool = False,
+        on_phase: OnPhase | None = None,
+    ) -> StepResult:
         self.routing_steps += collect_routing
         tokens = np.concatenate([row.tokens_S for row in rows])
         if (tokens < 0).any():
@@ -103,6 +114,9 @@ class Lines:
 
     def line(self, text: str) -> None:
         self.lines.append(text)
+
+    def phase(self, phase: Phase) -> None:
+        pass
 
 
 def identity(**changes: Any) -> Identity:

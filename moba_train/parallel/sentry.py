@@ -1,0 +1,311 @@
+"""When ranks lose each other: find out which rank is gone, which stalled and which only waited, and end all of them.
+
+A broken collective tells a rank little: its neighbour closed the connection, or nothing came in time. The neighbour may
+be dead, or may have given up itself because of a third rank. So
+
+1. a rank that breaks off leaves a line on the job's board (its key-value store) and raises the alarm there;
+2. a thread on every rank looks for the alarm about once a second. It answers with what its rank is at, also when the
+   rank cannot: it waits in a collective, or does something else;
+3. whoever has not answered within a few seconds is gone. Every rank says so and ends: the main thread by an
+   ExchangeError, or the thread itself, where the main thread does not come back.
+
+On CUDA the host does not wait for an exchange, and PyTorch's watchdog would end the process without saying what it was
+in. There the thread raises the alarm by itself, earlier than the watchdog, once the device is late (watch.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from moba_train.errors import EXIT_RANKS, ExchangeError, UserError
+
+from .watch import Watch, is_broken_exchange, plain_text
+
+_MOST_TOLD = 4
+"""Ranks of a kind that a message names; of a thousand that waited, a few say it all."""
+
+
+def answer_time_s(timeout_s: float) -> float:
+    """How long ranks are waited for once one has raised the alarm: part of the timeout, at most 5 s."""
+    return min(5.0, timeout_s / 4)
+
+
+def collective_timeout_s(timeout_s: float) -> float:
+    """What a collective may take, so that all ranks have spoken and ended within `timeout_s`."""
+    return timeout_s - 1.5 * answer_time_s(timeout_s)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a rank says: "broke off", "failed", "waits" or "busy", and the rest of the sentence."""
+
+    kind: str
+    text: str
+
+    def encode(self) -> str:
+        return f"{self.kind}|{self.text}"
+
+    @staticmethod
+    def decode(raw: bytes) -> Line:
+        kind, _, text = raw.decode(errors="replace").partition("|")
+        return Line(kind, text)
+
+
+class Board:
+    """Lines that ranks leave for each other in a key-value store; RuntimeError when it is out of reach."""
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        # a connection of its own, where PyTorch offers one: the main thread may be waiting on the other
+        own = store.clone() if hasattr(store, "clone") else store
+        self._store = dist.PrefixStore("moba sentry", own)  # type: ignore[attr-defined]
+        self.rank, self.world_size = rank, world_size
+
+    def post(self, line: Line) -> None:
+        self._store.set(str(self.rank), line.encode())
+
+    def raise_alarm(self) -> None:
+        self._store.set("alarm", str(self.rank))
+
+    def is_alarm(self) -> bool:
+        return bool(self._store.check(["alarm"]))
+
+    def lines(self) -> dict[int, Line]:
+        """What has been left so far."""
+        left = self._there(list(range(self.world_size)))
+        return {rank: Line.decode(self._store.get(str(rank))) for rank in left}
+
+    def _there(self, ranks: list[int]) -> list[int]:
+        """The ranks that have left a line: by halves, since few have not."""
+        if not ranks or self._store.check([str(rank) for rank in ranks]):
+            return ranks
+        middle = len(ranks) // 2
+        return [] if not middle else self._there(ranks[:middle]) + self._there(ranks[middle:])
+
+
+class Sentry:
+    """The thread of one rank, open as a context.
+
+    Args:
+        watch: what this rank is at.
+        board: where ranks leave lines.
+        timeout_s: within which all ranks end.
+        say, end: print a message; end the process with a code.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        board: Board,
+        *,
+        timeout_s: float,
+        say: Callable[[str], None] | None = None,
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._watch, self._board = watch, board
+        self._answer_s = answer_time_s(timeout_s)
+        self._late_s = collective_timeout_s(timeout_s) - self._answer_s
+        self._poll_s = self._answer_s / 5
+        self._say, self._end = say or self._print, end
+        self._lines: dict[int, Line] = {}
+        self._alarm_s: float | None = None
+        self._heard_s = 0.0
+        self._main_tells = False
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sentry", daemon=True)
+
+    def __enter__(self) -> Sentry:
+        self._watch.is_read = True
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.is_read = False
+        self._closed.set()
+        self._thread.join(self._answer_s)
+
+    def explain(self, line: Line) -> str:
+        """From the main thread: leave `line`, raise the alarm, wait for the others; what they said, as a message."""
+        with self._lock:
+            self._main_tells = True
+        unreachable = self._try(lambda: self._alarm(line))
+        self._alarm_s = self._alarm_s or time.monotonic()
+        deadline_s = self._alarm_s + self._answer_s
+        if not unreachable:
+            unreachable = self._hear_out(deadline_s)
+        if self._heard_s >= deadline_s - 2 * self._poll_s:  # the store went when the others had spoken
+            unreachable = ""
+        if self._board.rank == 0:
+            time.sleep(2 * self._poll_s)  # it may keep the store: the others must have read it before this process ends
+        return self._story(line, unreachable)
+
+    def leave_word(self, line: Line) -> None:
+        """Leave a line for whoever misses this rank; no alarm, since all ranks may have come to the same end."""
+        self._try(lambda: self._board.post(line))
+
+    def look(self) -> bool:
+        """One round of the thread; True = it has ended the process."""
+        late = self._watch.late(self._late_s)
+        if late:
+            line = Line("broke off", f"{late}: nothing came for {self._late_s:.0f} s, in {self._watch.doing()}")
+            with self._lock:
+                if self._main_tells:
+                    return False
+            self._tell_and_end(self.explain(line))
+            return True
+        if self._alarm_s is None:
+            with suppress(RuntimeError):  # the store is gone: so is the rank that kept it, as the next exchange shows
+                if self._board.is_alarm():
+                    self._alarm_s = time.monotonic()
+                    self._board.post(self._answer())
+            return False
+        self._try(self._read)
+        if time.monotonic() < self._alarm_s + self._answer_s:
+            return False
+        with self._lock:
+            if self._main_tells:
+                return False
+            self._main_tells = True  # whatever it meets from here on, the story is told
+        self._tell_and_end(self._story(self._answer(), ""))
+        return True
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._poll_s):
+            if self.look():
+                return
+
+    def _answer(self) -> Line:
+        exchange = self._watch.in_exchange()
+        return Line("waits", f"{exchange}, in {self._watch.doing()}") if exchange else Line("busy", self._watch.doing())
+
+    def _alarm(self, line: Line) -> None:
+        self._board.post(line)
+        self._board.raise_alarm()
+
+    def _hear_out(self, deadline_s: float) -> str:
+        """Collect lines until all ranks have left one or the time is up; why the board is out of reach, or ""."""
+        unreachable = ""
+        while not unreachable and len(self._lines) < self._board.world_size:
+            unreachable = self._try(self._read)
+            if time.monotonic() >= deadline_s:
+                break
+            time.sleep(self._poll_s / 5)
+        return unreachable
+
+    def _read(self) -> None:
+        self._lines = self._board.lines()
+        self._heard_s = time.monotonic()
+
+    def _story(self, line: Line, unreachable: str) -> str:
+        return story(self._board.rank, self._board.world_size, line, self._lines, self._answer_s, unreachable)
+
+    def _tell_and_end(self, message: str) -> None:
+        self._say(message)
+        self._end(EXIT_RANKS)
+
+    def _print(self, message: str) -> None:
+        print(f"moba-train (rank {self._board.rank}): error: {message}", file=sys.stderr, flush=True)
+
+    def _try(self, ask: Callable[[], object]) -> str:
+        try:
+            ask()
+        except RuntimeError as error:
+            return plain_text(error)
+        return ""
+
+
+def story(
+    rank: int, world_size: int, own: Line, lines: Mapping[int, Line], answer_s: float, unreachable: str = ""
+) -> str:
+    """The message of one rank: itself, then who is gone, who failed, who was elsewhere, who waited.
+
+    Args:
+        own: what this rank has to say.
+        lines: what ranks left on the board.
+        unreachable: why the board could not be read.
+    """
+    told = [f"ranks lost each other; rank {rank} of {world_size} {own.kind}: {own.text}"]
+    if unreachable:
+        told.append(
+            f"  unknown: which rank is to blame; the job's key-value store is out of reach ({unreachable}), and so may "
+            "be the process that keeps it: the launcher, or rank 0"
+        )
+    else:
+        gone = [r for r in range(world_size) if r != rank and r not in lines]
+        told += _some(gone, f"gone: it has not answered for {answer_s:.0f} s, so its process has died or hangs")
+    for kind in ("failed", "busy", "broke off", "waits"):
+        of_kind = [r for r in sorted(lines) if lines[r].kind == kind and r != rank]
+        told += [f"  rank {r}: {_PHRASE[kind]} {lines[r].text}" for r in of_kind[:_MOST_TOLD]]
+        if len(of_kind) > _MOST_TOLD:
+            told.append(f"  and {len(of_kind) - _MOST_TOLD} more ranks likewise")
+    told.append("  fix: read the log of a rank that is gone, failed or was elsewhere, then resume with --resume auto")
+    return "\n".join(told)
+
+
+_PHRASE = {
+    "failed": "failed by itself:",
+    "busy": "alive, but in no exchange of attention; it was in",
+    "broke off": "broke off too:",
+    "waits": "waited in",
+}
+
+
+def _some(ranks: list[int], what: str) -> list[str]:
+    if not ranks:
+        return []
+    names = ", ".join(str(r) for r in ranks[: 4 * _MOST_TOLD])
+    more = f" and {len(ranks) - 4 * _MOST_TOLD} more" if len(ranks) > 4 * _MOST_TOLD else ""
+    return [f"  rank {names}{more}: {what}"]
+
+
+def _outlast_the_launcher() -> None:
+    """torchrun asks all ranks to end (SIGTERM) as soon as one has died, and the story takes some seconds."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def guarded(watch: Watch, *, timeout_s: float) -> Iterator[None]:
+    """Inside, ranks that lose each other end within `timeout_s` and say why. For ranks that have met.
+
+    Raises ExchangeError with the whole story where a collective broke off. A UserError passes (all ranks raise it, or
+    the others will miss this one and find its word); any other error passes once the others know.
+    """
+    if dist.get_world_size() == 1:
+        yield
+        return
+    board = Board(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
+    with Sentry(watch, board, timeout_s=timeout_s) as sentry:
+        try:
+            yield
+        except UserError as error:
+            sentry.leave_word(Line("failed", f"{error.what}, in {watch.doing()}"))
+            raise
+        except Exception as error:
+            _outlast_the_launcher()
+            if is_broken_exchange(error):
+                line = Line("broke off", f"{plain_text(error)}; in {watch.doing()}")
+                raise ExchangeError(sentry.explain(line)) from error
+            sentry.explain(Line("failed", f"{type(error).__name__}: {error}, in {watch.doing()}"))
+            raise
+
+
+__all__ = [
+    "Board",
+    "Line",
+    "Sentry",
+    "answer_time_s",
+    "collective_timeout_s",
+    "guarded",
+    "story",
+]

@@ -1,0 +1,119 @@
+"""Attention over a row that several ranks share equals one rank's, on one device: gloo ranks, every transport.
+
+Ranks that share a GPU exchange through host memory (`moba_train.parallel.collectives`); streams, index lists and
+kernels are those of a cluster. Needs torch, triton and numpy, and of moba_train only what context attention needs.
+
+Letters: T tokens of the row, S of a shard, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from moba_bench.parity import DTYPES, make_inputs
+from moba_bench.shapes import Shape
+from torch import Tensor
+
+from moba_kernels import AttentionSpec, Full, MoBA, Routing, attend, route
+from moba_train.parallel import context_attend, route_context
+from moba_train.parallel.context_attention import TRANSPORTS
+from moba_train.parallel.rules import refusals
+from moba_train.parallel.shard import Layout, shard, shard_positions
+from tests.distributed import run_ranks
+
+LAYOUTS: tuple[Layout, ...] = ("zigzag", "contiguous")
+FLOOR = {"fp32": 1e-5, "bf16": 4e-3, "fp16": 1e-3}
+"""Far below what an error looks like when something is wrong: outputs and gradients are of the order of 1."""
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def check_context(shape: Shape, device: str, backend: str, num_ranks: int, spec: Full | None = None) -> str:
+    """Routing on small integers is one rank's, ties included; with one rank's routing forced, out, lse, dq, dk and dv
+    err at most twice as much as one rank does, in every transport and layout. Returns a line for the log."""
+    worst = run_ranks(
+        _one_of_the_ranks, num_ranks, shape, device, backend, spec, *_one_rank(shape, device, backend, spec)
+    )
+    error, transports = max(x for x, _ in worst), worst[0][1]
+    return f"{num_ranks} ranks on one {device}, {transports} transports: error {error:.2f}x one rank's"
+
+
+def _one_rank(
+    shape: Shape, device: str, backend: str, full: Full | None
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Chunk ids, and what one rank gives on the device and in fp64 on the CPU: NAMES."""
+    inputs = make_inputs(shape, "cpu")
+    spec: AttentionSpec = full or shape.spec
+    ids = None
+    if isinstance(spec, MoBA):
+        ids = route(inputs[0], inputs[1], spec, cu_seqlens=shape.pack, backend="reference").chunk_ids
+    found = []
+    for where, how, dtype in ((device, backend, inputs[0].dtype), ("cpu", "reference", torch.float64)):
+        *leaves, dout = (x.to(where, dtype) for x in inputs)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        routing = None if ids is None else Routing.from_chunk_ids(ids.to(where), shape.spec, shape.pack)
+        result = attend(*leaves, spec, cu_seqlens=shape.pack, routing=routing, backend=how)
+        grads = torch.autograd.grad(result.out, leaves, dout)
+        found.append([x.detach().double().cpu() for x in (result.out, result.lse, *grads)])
+    return ids, found[0], found[1]
+
+
+def _one_of_the_ranks(
+    rank: int,
+    n: int,
+    shape: Shape,
+    device: str,
+    backend: str,
+    full: Full | None,
+    ids: Tensor | None,
+    one: list[Tensor],
+    exact: list[Tensor],
+) -> tuple[float, int]:
+    """(worst error as a multiple of one rank's, transports that serve)."""
+    group = dist.group.WORLD
+    spec: AttentionSpec = full or shape.spec
+    options = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "num_ranks": n}
+    transports = [name for name in TRANSPORTS if not refusals(name, spec, **options)]
+    worst = 0.0
+    for layout in LAYOUTS:
+        cut = {"num_ranks": n, "rank": rank, "layout": layout}
+        if isinstance(spec, MoBA):
+            _check_routing(shape, device, backend, cut)
+        inputs = [shard(x, 0, **cut).to(device) for x in make_inputs(shape, "cpu")]
+        positions_S = torch.from_numpy(shard_positions(shape.tokens, n, rank, layout))
+        routing = None
+        if ids is not None:
+            mine = ids[positions_S].to(device)
+            routing = Routing.from_chunk_ids(mine, shape.spec, shape.pack, positions_S.to(device))
+        for transport in transports:
+            *leaves, dout = (x.clone() for x in inputs)
+            for leaf in leaves:
+                leaf.requires_grad_()
+            result = context_attend(
+                *leaves, spec, layout=layout, group=group, transport=transport, cu_seqlens=shape.pack, routing=routing,
+                backend=backend, node_ranks=2,
+            )  # fmt: skip
+            grads = torch.autograd.grad(result.out, leaves, dout)
+            got = [x.detach().double().cpu() for x in (result.out, result.lse, *grads)]
+            for name, x, usual, truth in zip(NAMES, got, one, exact, strict=True):
+                error, peer = _gap(x, shard(truth, 0, **cut)), _gap(usual, truth) + FLOOR[shape.dtype] / 2
+                assert error <= 2 * peer, f"{transport}, {layout}, {name}: error {error:.3g}, one rank's is {peer:.3g}"
+                worst = max(worst, error / peer)
+    return worst, len(transports)
+
+
+def _check_routing(shape: Shape, device: str, backend: str, cut: dict[str, object]) -> None:
+    """On small integers, where arithmetic is exact."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((shape.tokens, heads, shape.dim) for heads in (shape.heads, shape.kv_heads))
+    q, k = (torch.randint(-1, 2, size, generator=generator).to(DTYPES[shape.dtype]) for size in sizes)
+    want = shard(route(q, k, shape.spec, cu_seqlens=shape.pack, backend="reference").chunk_ids, 0, **cut)
+    q_S, k_S = (shard(x, 0, **cut).to(device) for x in (q, k))
+    options = {"layout": cut["layout"], "group": dist.group.WORLD, "pack": shape.pack, "backend": backend}
+    got = route_context(q_S, k_S, shape.spec, **options).chunk_ids.cpu()
+    wrong = int((got != want).any(-1).sum())
+    assert wrong == 0, f"routing over shards: {wrong} rows differ on small integers"
+
+
+def _gap(x: Tensor, exact: Tensor) -> float:
+    return float((x - exact).abs().max()) if exact.numel() else 0.0

@@ -1,0 +1,362 @@
+"""A rank that dies, stalls or fails makes all others end in time, with a message that says what happened."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_kernels import MoBA, Pack
+from moba_train import cli
+from moba_train.errors import EXIT_RANKS, ExchangeError
+from moba_train.parallel import context_attend
+from moba_train.parallel.sentry import (
+    Board,
+    Line,
+    Sentry,
+    answer_time_s,
+    collective_timeout_s,
+    guarded,
+    story,
+)
+from moba_train.parallel.traffic import Traffic
+from moba_train.parallel.watch import Watch
+from moba_train.parallel.wire import Wire
+from tests.distributed import run_ranks
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 8.0
+LAUNCH_S = 60.0
+"""What starting the processes may take on a busy machine; it is no part of what is measured."""
+
+Body = Callable[[int, Watch], None]
+
+
+def outcomes(body: Body, num_ranks: int, folder: Path) -> list[tuple[int | None, str, float]]:
+    """Run `body(rank, watch)` on ranks that are guarded: each one's exit code, what it printed to stderr, and when it
+    ended, in seconds since the rank that ended first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "megatron.core.parallel_state"])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    jobs = [(body, rank, num_ranks, store.port, folder / f"{rank}.txt") for rank in range(num_ranks)]
+    processes = [context.Process(target=_rank_main, args=job, daemon=True) for job in jobs]
+    for process in processes:
+        process.start()
+    ends: dict[int, float] = {}
+    deadline_s = time.monotonic() + LAUNCH_S + TIMEOUT_S
+    while len(ends) < num_ranks and time.monotonic() < deadline_s:
+        for rank, process in enumerate(processes):
+            if rank not in ends and process.exitcode is not None:
+                ends[rank] = time.monotonic()
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.join()
+    first_s = min(ends.values(), default=0.0)
+    return [
+        (process.exitcode, job[-1].read_text(), ends.get(rank, float("inf")) - first_s)
+        for rank, (process, job) in enumerate(zip(processes, jobs, strict=True))
+    ]
+
+
+def _rank_main(body: Body, rank: int, num_ranks: int, port: int, stderr: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    sys.stderr = stderr.open("w")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    limit = timedelta(seconds=LAUNCH_S)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=limit)
+    dist.barrier()
+    watch = Watch(CPU)
+    try:
+        with guarded(watch, timeout_s=TIMEOUT_S):
+            body(rank, watch)
+    except ExchangeError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(EXIT_RANKS)
+    except ValueError:
+        os._exit(1)
+    os._exit(0)
+
+
+def _attend_until_it_breaks(rank: int, watch: Watch, transport: str, fatal: str) -> None:
+    """Rank 2 is killed in the exchange `fatal` of the second of many layers."""
+    group = dist.new_group(timeout=timedelta(seconds=collective_timeout_s(TIMEOUT_S)))
+    assert group is not None
+    if rank == 2:
+        _die_in(fatal)
+    watch.begin("step 12, forward and backward")
+    pack = Pack([0, 1500, 3000])
+    generator = torch.Generator().manual_seed(rank)
+    for layer in range(20):
+        q, k, v = (torch.randn(1000, 3, 64, generator=generator, requires_grad=True) for _ in range(3))
+        result = context_attend(
+            q, k, v, MoBA(128, 2), layout="contiguous", group=group, transport=transport, cu_seqlens=pack,
+            layer=layer, watch=watch,
+        )  # fmt: skip
+        result.out.sum().backward()
+        assert q.grad is not None and bool(torch.isfinite(q.grad).all())
+
+
+def _die_in(fatal: str) -> None:
+    """From now on this process kills itself where it enters the second exchange of that phase; the others are in it."""
+    seen: list[str] = []
+
+    def count(_: Traffic, phase: str, *, sent: int, received: int) -> None:
+        seen.extend([phase] if phase == fatal else [])
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Traffic.add = count  # type: ignore[method-assign]
+
+
+def _all_gather_forward(rank: int, watch: Watch) -> None:
+    _attend_until_it_breaks(rank, watch, "all_gather", "forward/kv")
+
+
+def _all_gather_backward(rank: int, watch: Watch) -> None:
+    _attend_until_it_breaks(rank, watch, "all_gather", "backward/dkv")
+
+
+def _a2a_backward(rank: int, watch: Watch) -> None:
+    _attend_until_it_breaks(rank, watch, "a2a", "backward/dqkv")
+
+
+@pytest.mark.parametrize(
+    ("body", "transport", "phase"),
+    [
+        (_all_gather_forward, "all_gather", "forward/kv"),
+        (_all_gather_backward, "all_gather", "backward/dkv"),
+        (_a2a_backward, "a2a", "backward/dqkv"),
+    ],
+    ids=["all_gather, forward", "all_gather, backward", "a2a, backward"],
+)
+def test_a_rank_killed_in_mid_collective_ends_the_others_who_name_it(
+    body: Body, transport: str, phase: str, tmp_path: Path
+) -> None:
+    *survivors, dead = outcomes(body, 3, tmp_path)
+    assert dead[0] == -signal.SIGKILL
+    for rank, (code, message, after_s) in enumerate(survivors):
+        assert code == EXIT_RANKS, message
+        assert f"rank {rank} of 3" in message
+        assert f"layer 1, transport {transport}, phase {phase}" in message
+        assert "in step 12, forward and backward" in message
+        assert "rank 2: gone: it has not answered" in message
+        assert "🏖" not in message and ".cc:" not in message  # the library's own words, without its postscript
+        assert after_s < TIMEOUT_S
+
+
+def _stall(rank: int, watch: Watch) -> None:
+    group = dist.new_group(timeout=timedelta(seconds=collective_timeout_s(TIMEOUT_S)))
+    assert group is not None
+    wire = Wire(group, transport="all_gather", layer=3, watch=watch)
+    watch.begin("step 5, reading rows")
+    if rank == 1:
+        time.sleep(10 * TIMEOUT_S)
+    watch.begin("step 5, forward and backward")
+    wire.all_gather(torch.ones(4), phase="forward/kv").wait()
+
+
+def test_a_rank_that_stalls_is_found_out_and_ended_with_the_others(tmp_path: Path) -> None:
+    found = outcomes(_stall, 3, tmp_path)
+    assert [code for code, _, _ in found] == [EXIT_RANKS] * 3, found
+    for rank in (0, 2):
+        message = found[rank][1]
+        assert f"rank {rank} of 3 " in message and "layer 3, transport all_gather, phase forward/kv" in message
+        assert "rank 1: alive, but in no exchange of attention; it was in step 5, reading rows" in message
+        assert "gone:" not in message
+    assert "rank 1 of 3 busy: step 5, reading rows" in found[1][1]
+
+
+def _fail_alone(rank: int, watch: Watch) -> None:
+    watch.begin("step 9, reading rows")
+    if rank == 0:
+        raise ValueError("no such row")
+    Wire(dist.group.WORLD, transport="pull", layer=0, watch=watch).all_reduce(torch.ones(4), phase="forward/x").wait()
+
+
+def test_a_rank_that_fails_alone_tells_the_others_who_do_not_wait_for_the_timeout(tmp_path: Path) -> None:
+    (code, _, _), other = outcomes(_fail_alone, 2, tmp_path)
+    assert code == 1
+    assert other[0] == EXIT_RANKS and other[2] < TIMEOUT_S
+    assert "transport pull, phase forward/x" in other[1]
+    assert "rank 0: failed by itself: ValueError: no such row, in step 9, reading rows" in other[1]
+
+
+class _Store:
+    """A key-value store that can go out of reach."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.there = True
+
+    def _reach(self) -> dict[str, bytes]:
+        if not self.there:
+            raise RuntimeError("Connection reset by peer")
+        return self.kept
+
+    def set(self, key: str, value: str) -> None:
+        self._reach()[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self._reach()[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._reach() for key in keys)
+
+
+class _Event:
+    """A CUDA event whose device hangs until it is told otherwise."""
+
+    made: int = 0
+
+    def __init__(self) -> None:
+        self.happened = False
+        type(self).made += 1
+
+    def record(self) -> None:
+        self.happened = False
+
+    def query(self) -> bool:
+        return self.happened
+
+
+class _Device:
+    """A watch of a CUDA rank with a clock and events of our own, and what its sentry says and does."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self.now_s, self.events, self.said, self.ended = 0.0, [], [], []
+        self.store = _Store()
+        self.watch = Watch(torch.device("cuda"), new_event=self._new, clock=lambda: self.now_s)
+        board = Board.__new__(Board)
+        board._store, board.rank, board.world_size = self.store, rank, num_ranks
+        self.sentry = Sentry(
+            self.watch, board, timeout_s=0.4, say=self.said.append, end=self.ended.append
+        )  # answers within 0.1 s; a device is late after 0.15 s
+        self.watch.is_read = True
+
+    def _new(self) -> _Event:
+        self.events.append(_Event())
+        return self.events[-1]
+
+    def exchange(self, layer: int) -> None:
+        wire = Wire(dist.group.WORLD, transport="pull", layer=layer)
+        self.watch.wait_begins(wire, "forward/kv")
+        self.watch.wait_is_over()
+
+
+def test_a_device_that_hangs_in_an_exchange_ends_its_process_with_a_message_before_the_watchdog_would() -> None:
+    device = _Device(rank=1, num_ranks=2)
+    device.watch.begin("step 3: forward, layer 1/4, attention")
+    device.exchange(0)
+    device.exchange(1)
+    device.events[0].happened = True
+    assert not device.sentry.look() and not device.said
+    device.now_s = 0.1
+    assert not device.sentry.look() and not device.said  # not yet late
+    device.now_s = 0.2
+    assert device.sentry.look()
+    assert device.ended == [EXIT_RANKS]
+    (message,) = device.said
+    assert "rank 1 of 2 broke off: layer 1, transport pull, phase forward/kv: nothing came" in message
+    assert "in step 3: forward, layer 1/4, attention" in message
+    assert "rank 0: gone" in message
+    assert device.store.kept["alarm"] == b"1"
+
+
+def test_events_are_used_again_so_that_exchanges_allocate_nothing() -> None:
+    device = _Device(rank=0, num_ranks=2)
+    for layer in range(50):
+        device.exchange(layer)
+        device.events[-1].happened = True
+        assert device.watch.late(1.0) == ""
+    assert len(device.events) <= 2
+
+
+def test_nothing_is_followed_while_nobody_reads() -> None:
+    device = _Device(rank=0, num_ranks=2)
+    device.watch.is_read = False
+    device.exchange(0)
+    assert not device.events
+
+
+def test_a_rank_whose_host_waits_answers_the_alarm_and_ends_by_itself() -> None:
+    device = _Device(rank=0, num_ranks=3)
+    device.watch.wait_begins(Wire(dist.group.WORLD, transport="a2a", layer=7), "backward/dqkv")
+    device.store.kept |= {"alarm": b"1", "1": b"broke off|its neighbour closed the connection"}
+    assert not device.sentry.look()
+    assert device.store.kept["0"].startswith(b"waits|layer 7, transport a2a, phase backward/dqkv")
+    while not device.sentry.look():
+        time.sleep(0.02)
+    (message,) = device.said
+    assert "rank 1: broke off too: its neighbour closed the connection" in message
+    assert "rank 2: gone" in message and device.ended == [EXIT_RANKS]
+
+
+def test_a_message_says_so_when_the_store_is_out_of_reach_and_blames_nobody() -> None:
+    device = _Device(rank=1, num_ranks=3)
+    device.store.there = False
+    message = device.sentry.explain(Line("broke off", "layer 0"))
+    assert "out of reach (Connection reset by peer)" in message
+    assert "gone:" not in message
+
+
+def test_the_story_of_a_thousand_ranks_fits_a_screen() -> None:
+    lines = {r: Line("waits", f"layer {r}") for r in range(1000) if r not in (7, 8)} | {9: Line("busy", "step 1")}
+    message = story(0, 1000, Line("broke off", "layer 2"), lines, 5.0)
+    assert "rank 7, 8: gone" in message and "rank 9: alive" in message and "more ranks likewise" in message
+    assert len(message.splitlines()) < 12
+
+
+def test_all_ranks_have_spoken_and_ended_within_the_timeout() -> None:
+    for timeout_s in (1.0, 12.0, 600.0):
+        late_alarm_s, poll_s = collective_timeout_s(timeout_s), answer_time_s(timeout_s) / 5
+        assert late_alarm_s + answer_time_s(timeout_s) + 2 * poll_s < timeout_s
+
+
+def test_the_program_tells_the_story_and_ends_at_once_with_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(*_: object) -> int:
+        raise ExchangeError("ranks lost each other")
+
+    monkeypatch.setattr(cli, "_run", lost)
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)  # the real one ends this process too
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "x.toml"])
+    assert ended.value.code == EXIT_RANKS == 3
+    assert capsys.readouterr().err == "moba-train (rank 5): error: ranks lost each other\n"
+
+
+def _breaks(rank: int, n: int) -> tuple[Any, ...]:
+    """A collective outside of a wire breaks off: what `during` makes of it, and what it leaves alone."""
+    watch = Watch(CPU)
+    group = dist.new_group(timeout=timedelta(seconds=0.5))
+    texts = []
+    for fail in (lambda: rank and dist.all_reduce(torch.ones(1), group=group), lambda: torch.ones(2) @ torch.ones(3)):
+        try:
+            with watch.during("step 8, optimizer"):
+                fail()
+        except RuntimeError as error:
+            texts.append((type(error).__name__, str(error)))
+    time.sleep(1.0)
+    return tuple(texts)
+
+
+def test_a_collective_of_megatron_that_breaks_off_is_named_by_the_step_and_other_errors_stay_as_they_are() -> None:
+    fine, broken = run_ranks(_breaks, 2)
+    assert len(fine) == 1
+    (kind, text), (other, _) = broken
+    assert kind == "ExchangeError" and text.startswith("a collective broke off in step 8, optimizer: Timed out")
+    assert other == "RuntimeError"

@@ -1,0 +1,119 @@
+"""The wire: names of exchanges, what a watch is told, and exchanges that travel through host memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moba_train.errors import ExchangeError
+from moba_train.parallel import collectives
+from moba_train.parallel.emulation import ThreadGroup, run_threads
+from moba_train.parallel.watch import Watch, is_broken_exchange, plain_text
+from moba_train.parallel.wire import Pending, Wire
+from tests.distributed import run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def _all_collectives(rank: int, n: int, stage: bool) -> list[Tensor]:
+    group = dist.group.WORLD
+    x = torch.arange(2 * n * 3, dtype=torch.float32).view(2 * n, 3) + 100 * rank
+    rows = [(rank + other) % n for other in range(n)]  # symmetric, so that ranks agree; some are 0
+    gathered, scattered, moved, total = (
+        x.new_empty(2 * n * n, 3),
+        x.new_empty(2, 3),
+        x.new_empty(sum(rows), 3),
+        x.clone(),
+    )
+    works = [
+        collectives.all_gather(gathered, x, group=group, stage=stage),
+        collectives.reduce_scatter(scattered, x, group=group, stage=stage),
+        collectives.all_to_all(moved, x[: sum(rows)], rows, rows, group=group, stage=stage),
+        collectives.all_reduce(total, group=group, stage=stage),
+    ]
+    if stage:
+        assert all(isinstance(work, collectives.Staged) for work in works)
+    for work in works:
+        work.wait()
+    return [gathered, scattered, moved, total]
+
+
+def _staged(rank: int, n: int) -> None:
+    plain, staged = _all_collectives(rank, n, False), _all_collectives(rank, n, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, staged, strict=True))
+    assert torch.equal(plain[0][2 * n], torch.tensor([100.0, 101.0, 102.0]))  # the first row of rank 1
+    assert torch.equal(plain[1][0], torch.arange(6.0 * rank, 6.0 * rank + 3) * n + 100 * sum(range(n)))
+
+
+def test_exchanges_through_host_memory_give_the_same_for_ranks_that_share_a_gpu_over_gloo() -> None:
+    run_ranks(_staged, 3)
+
+
+def test_an_exchange_that_breaks_off_is_named_by_rank_layer_transport_and_phase() -> None:
+    class Broken:
+        def wait(self) -> None:
+            raise RuntimeError(
+                "[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:4. This is typically caused"
+            )
+
+    def wait(group: ThreadGroup) -> str:
+        wire = Wire(group, transport="pull", layer=3)
+        with pytest.raises(ExchangeError) as caught:
+            Pending(Broken(), lambda: torch.empty(0), (), wire, "backward/dkv").wait()
+        return str(caught.value)
+
+    assert run_threads(wait, 2)[1] == (
+        "an exchange broke off on context-parallel rank 1 of 2: layer 3, transport pull, phase backward/dkv: "
+        "Connection closed by peer [::1]:4"
+    )
+
+
+def test_a_watch_knows_the_exchange_that_the_host_waits_in_and_after_one_broke_off_still_does() -> None:
+    seen: list[str] = []
+    watch = Watch(torch.device("cpu"), clock=lambda: 7.0)
+
+    class Slow:
+        def wait(self) -> None:
+            seen.append(watch.in_exchange())
+            if len(seen) == 2:
+                raise RuntimeError("gone")
+
+    def wait(group: ThreadGroup) -> None:
+        wire = Wire(group, transport="a2a", layer=0, watch=watch).among([0])
+        Pending(Slow(), lambda: torch.empty(0), (), wire, "forward/qkv").wait()
+        assert watch.in_exchange() == ""
+        with pytest.raises(ExchangeError):
+            Pending(Slow(), lambda: torch.empty(0), (), wire, "forward/out").wait()
+
+    run_threads(wait, 1)
+    assert seen == [f"layer 0, transport a2a, phase forward/{what} (for 0 s)" for what in ("qkv", "out")]
+    assert watch.in_exchange() == seen[1]
+
+
+def test_errors_of_the_program_are_not_taken_for_broken_exchanges() -> None:
+    assert is_broken_exchange(RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5ms"))
+    assert is_broken_exchange(dist.DistBackendError("NCCL")) and is_broken_exchange(ExchangeError("x"))
+    assert not is_broken_exchange(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_broken_exchange(ValueError("/gloo/"))
+    assert plain_text(RuntimeError("Broken pipe\nException raised from sendBytes at x")) == "Broken pipe"
+
+
+def test_context_attention_and_its_gpu_check_need_no_package_but_torch_and_numpy() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('megatron', 'tyro', 'sentencepiece', 'pytest', 'hypothesis'): sys.modules[name] = None\n"
+        "import tests.gpu.context, moba_train.parallel.context_attention, moba_train.parallel.halo\n"
+        "print('imported')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("imported\n", 0), done.stderr
