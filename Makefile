@@ -89,6 +89,7 @@ million: $(READY) ## One step on a document of 1,048,576 tokens on two CPU ranks
 	@rm -rf runs/million
 	@$(TORCHRUN) 2 -m moba_train train configs/million_cpu.toml
 	@$(BIN)/moba-train report runs/million
+	@$(BIN)/python launch/check_million.py runs/million
 
 .PHONY: scaling
 scaling: $(READY) ## Write docs/scaling.md: bytes, time, balance and memory of an 8B model on 8 to 512 GPUs, on paper (5 minutes)

@@ -152,13 +152,15 @@ def _transport_lines(plan: Plan) -> list[str]:
             numbers = f"{format_bytes(cost.received_bytes):>8} a layer a rank, exposed {exposed}, overhead {overhead}"
             others = ", ".join(f"{other.transport} {format_seconds(other.overhead_s)}" for other in kind.others[:2])
             line = f"  {stage.name:<{names}}  {layers:<16}  {cost.transport:<15}{numbers}"
-            lines.append(f"{line}; next: {others}" if others else line)
+            lines.append(f"{line}; others: {others}" if others else line)
             reasons |= {f"  {name} cannot serve: {'; '.join(why)}": None for name, why in kind.refused.items()}
     return [
         *lines,
         *reasons,
         "bytes: what the busiest rank receives, forward and backward of one row; overhead: exposed communication and "
-        "uneven attention",
+        "uneven attention;",
+        "the simplest transport is taken unless another saves a tenth of its overhead and half a percent of attention; "
+        "pull and route_queries hold one host read a MoBA layer",
     ]
 
 

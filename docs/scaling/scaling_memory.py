@@ -18,8 +18,8 @@ from moba_kernels.spec import AttentionSpec, MoBA
 from moba_train.config.schema import EngineConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from moba_train.parallel.parts import pulled_tokens, sent_queries
 from moba_train.parallel.rules import inner_ranks
-from moba_train.parallel.volume import QUERY_STRIDE_BYTES, STRIDE_BYTES, HeadShape, RowShape
-from moba_train.train.memory_plan import MemoryPlan, estimate_memory
+from moba_train.parallel.volume import QUERY_STRIDE_BYTES, HeadShape, RowShape
+from moba_train.train.memory_plan import MemoryPlan, estimate_memory, gathered_bytes
 
 _BF16, _FP32 = 2, 4
 # Index lists of a received query under route_queries (docstring of that module).
@@ -109,10 +109,9 @@ def tensor_parallel_heads(model: ModelConfig, tp: int) -> HeadShape:
 def exchanged_bytes(transport: str, spec: AttentionSpec, heads: HeadShape, row: RowShape, *, node_ranks: int) -> float:
     """What a transport holds of other ranks at its worst moment.
 
-    all_gather: keys and values of one stride of KV heads as they arrive and in token order, dK and dV in fp32 and the
-    same once more to send. pull: the same of what is pulled. a2a: q, k, v, out, dout in bf16 and dq, dk, dv in fp32, of
-    all tokens and a share of the heads (more where KV heads are copied). route_queries: two strides of messages, and
-    the received queries of all heads.
+    all_gather: `gathered_bytes`. pull: the same of what is pulled. a2a: q, k, v, out, dout in bf16 and dq, dk, dv in
+    fp32, of all tokens and a share of the heads (more where KV heads are copied). route_queries: two strides of
+    messages and the received queries of all heads.
     """
     if row.num_ranks == 1:
         return 0.0
@@ -150,10 +149,8 @@ def _pick_bytes(spec: AttentionSpec, heads: HeadShape, row: RowShape) -> float:
 
 
 def _stride_bytes(num_tokens: int, heads: HeadShape) -> float:
-    """One stride of KV heads of the whole row: keys and values twice, their fp32 gradients twice."""
-    of_head = num_tokens * 2 * heads.head_dim
-    stride = max(1, min(heads.num_kv_heads, STRIDE_BYTES // (of_head * _BF16)))
-    return float(stride * of_head * (2 * _BF16 + 2 * _FP32))
+    """One stride of KV heads of the whole row, keys, values and their gradients."""
+    return gathered_bytes(num_tokens, heads.num_kv_heads, 2 * heads.head_dim, _BF16)
 
 
 __all__ = ["Memory", "Mesh", "exchanged_bytes", "rank_memory", "tensor_parallel_heads", "untiled_loss_bytes"]

@@ -88,7 +88,7 @@ def _head(facts: Facts) -> str:
 What a training step of Llama-3.1-8B costs at 128K, 1M and 10M tokens on 8 to 512 GPUs: bytes, time, balance, memory.
 **No GPU was used.** Two kinds of numbers stand here, and each table says which it has:
 
-* **counted**: the framework's own transports ran over up to 128 ranks (threads of one process) on small rows, and
+* **counted**: the framework's own transports ran over up to 512 ranks (threads of one process) on small rows, and
   their byte and pair counters were read;
 * **calculated**: closed forms, the cost model of `transport = "auto"`, data sheets and the assumptions below.
 

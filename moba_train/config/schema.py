@@ -71,7 +71,8 @@ class HardwareConfig:
     """What `transport = "auto"` and the plan assume of the machine. Numbers given here replace those of the preset."""
 
     preset: Literal["auto", "h100", "h200", "a100", "cpu", "measured"] = "auto"
-    """auto = by the device; measured = a few exchanges and matrix products are timed at start-up."""
+    """auto = by the device; measured = a few exchanges and matrix products are timed at start-up. A resumed run keeps
+    what it measured as long as mesh and settings are the same."""
     node_ranks: int | Literal["preset"] = "preset"
     """Ranks of the job that share a node."""
     node_gb_s: float | Literal["preset"] = "preset"

@@ -176,15 +176,6 @@ def _parallel(config: RunConfig) -> Iterator[ConfigError]:
     fix = "change num_layers or parallel.pp"
     yield from _divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
     yield from transport_errors(model, parallel)
-    if model.tied_head and parallel.pp > 1 and config.engine.distributed_optimizer:
-        # Megatron 0.16 gives a shared embedding a bucket of its own and loses the end of its optimizer state on save.
-        yield ConfigError(
-            "a tied head over several pipeline ranks cannot be saved with the distributed optimizer",
-            where="model.tied_head, parallel.pp, engine.distributed_optimizer",
-            got=f"tied_head = true, pp = {parallel.pp}, distributed_optimizer = true",
-            allowed="any two of the three",
-            fix="set engine.distributed_optimizer = false, or model.tied_head = false",
-        )
 
 
 def _degrees(parallel: ParallelConfig) -> Iterator[ConfigError]:

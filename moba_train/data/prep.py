@@ -147,6 +147,8 @@ def _request(options: PrepOptions, files: list[SourceFile]) -> dict[str, Any]:
     if options.tokenizer != TRAIN:
         kept["tokenizer"] = load_tokenizer(options.tokenizer).fingerprint
         del kept["vocab_size"]
+    if not options.join:
+        del kept["join"]  # folders from before there was this option are as they should be
     form = hashlib.sha256(repr((FORMAT, load_words())).encode()).hexdigest()
     request = {"version": PREP_VERSION, "options": kept, "needle_format": form, "sources": signature(files)}
     return dict(json.loads(json.dumps(request)))
@@ -287,7 +289,8 @@ def _encode(
         for batch in _encoded(_batches(texts), survey.threshold, ending, tokenizer, options.workers):
             ends = np.cumsum(batch.lengths)
             for held_out, end, length in zip(batch.held_out, ends, batch.lengths, strict=True):
-                (valid if held_out else train).add(batch.ids[end - length : end])
+                if length:  # a tokenizer may leave nothing of a text
+                    (valid if held_out else train).add(batch.ids[end - length : end])
             progress.update(task, completed=stats.num_bytes)
         if options.join:
             for writer in (train, valid):

@@ -22,6 +22,7 @@ from moba_train.data.row import Row
 from moba_train.engine.agreement import facts_of_rows, facts_of_work
 from moba_train.engine.base import AttentionMode, RowScores, StepResult
 from moba_train.engine.local_row import LocalRow, RowPlan
+from moba_train.engine.measured import hardware_of_state, measured_state
 from moba_train.engine.megatron_optimizer import (
     build_optimizer,
     load_optimizer_state,
@@ -238,10 +239,15 @@ class MegatronEngine:
             # slots for Transformer Engine's scaling factors: always empty here, and they would be stored as pickles
             model = {name: part for name, part in model.items() if not name.endswith("_extra_state")}
             optimizer = sharded_optimizer_state(self._optimizer, model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer}
+        measured = {} if is_loading else measured_state(self._hardware, self._parallel.hardware, self.topology)
+        return {"model": model, "optimizer": optimizer, **measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `megatron.core.dist_checkpointing.load` returned for `sharded_state_dict(is_loading=True)`."""
+        """Restore what `megatron.core.dist_checkpointing.load` returned for `sharded_state_dict(is_loading=True)`.
+
+        What the run measured of its machine counts from the next `set_stage` on.
+        """
+        self._hardware = hardware_of_state(state, self._hardware, self._parallel.hardware, self.topology)
         with megatron_cpu.cuda_calls_on_cpu():
             empty = {name: None for name in self._gpt.state_dict() if name.endswith("_extra_state")}
             self._gpt.load_state_dict({**state["model"], **empty})

@@ -76,11 +76,13 @@ def sharded_optimizer_state(
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Restore loaded optimizer state.
 
-    Two things that Megatron's distributed optimizer gets wrong with PyTorch's AdamW (it expects Apex's) are mended: it
-    looks for a "step" among the moments of each parameter, and it gives all parameters one shared step tensor, which
-    AdamW would then increment once per parameter.
+    Three things that Megatron gets wrong with PyTorch's AdamW (it expects Apex's) are mended: its distributed optimizer
+    looks for a "step" among the moments of each parameter, and gives all parameters one shared step tensor, which AdamW
+    would then increment once per parameter; its other optimizers do not save a step count of 0.
     """
     common = {name: part for name, part in state.items() if name != "param_state"}
+    if "param_state" not in state:
+        common.get("optimizer", common)["state"].setdefault("common_step", torch.zeros(()))
     optimizer.load_state_dict(common)
     if "param_state" in state:
         steps = {parameter: held.pop("step", None) for parameter, held in _states(optimizer)}

@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from torch import Tensor
 from moba_train.engine.phases import Phase
 
 GIB = 2.0**30
+STATUS = "/proc/self/status"
 COMPONENTS = (
     *("libraries", "weights", "gradients", "optimizer", "data", "kept"),
     *("attention", "mlp", "loss", "reduce", "step", "peak"),
@@ -179,11 +181,14 @@ def _set_peak_back(device: torch.device) -> bool:
 
 
 def _status_bytes(key: str) -> int:
-    """A line of /proc/self/status. Elsewhere than on Linux the largest value so far stands in for both."""
-    if not os.path.exists("/proc/self/status"):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    with open("/proc/self/status") as stream:
-        return next(int(line.split()[1]) * 1024 for line in stream if line.startswith(key))
+    """A line of /proc/self/status. A system without it tells the largest value so far, which stands in for both."""
+    if os.path.exists(STATUS):
+        with open(STATUS) as stream:
+            found = [int(line.split()[1]) * 1024 for line in stream if line.startswith(key)]
+        if found:
+            return found[0]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 __all__ = ["COMPONENTS", "GIB", "MemoryMeter", "Span", "largest_gib", "needs", "release_unused"]

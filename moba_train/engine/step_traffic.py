@@ -17,8 +17,8 @@ def busiest_bytes(traffic: Traffic, plan: TransportPlan, num_rows: int, device: 
         num_rows: rows that went through them.
     Returns:
         "sent_bytes", "received_bytes": of the rank that sent, received most (forward, recompute and backward of all
-        its layers); "predicted_bytes": of the rank that receives most by the plan; "received_bytes/PHASE";
-        "transport_moba", "transport_full": names, of the kinds of layers that the stage has.
+        its layers); "predicted_bytes": of the rank that receives most by the plan; the last two also by phase,
+        "received_bytes/PHASE"; "transport_moba", "transport_full": names, of the kinds of layers that the stage has.
     """
     predicted = plan.predicted("received", num_rows)
     phases = sorted(phase for phase in predicted if phase)  # alike on all ranks
@@ -32,6 +32,7 @@ def busiest_bytes(traffic: Traffic, plan: TransportPlan, num_rows: int, device: 
         "received_bytes": received,
         "predicted_bytes": predicted[""],
         **{f"received_bytes/{phase}": size for phase, size in zip(phases, of_phases, strict=True)},
+        **{f"predicted_bytes/{phase}": predicted[phase] for phase in phases},
         **{f"transport_{kind.kind}": kind.cost.transport for kind in plan.kinds},
     }
 

@@ -38,6 +38,11 @@ class Link(Protocol):
 class CudaLink:
     """Pinned host memory, over one stream in both directions: a copy is complete before it is fetched.
 
+    The host runs ahead of the device by many layers. So that memory follows the device all the same, the link's stream
+    and that of the layers wait for each other: a copy back does not start before the layer that asks for it, and what
+    was copied away is let go where the layers' stream has waited for the copy. All device memory then belongs to the
+    layers' stream, which uses it again at once.
+
     Args:
         device: of the tensors.
     """
@@ -45,29 +50,39 @@ class CudaLink:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
+        """What is being copied away, and the end of its copy."""
 
     def put(self, x: Tensor) -> Tensor:
-        """Start to copy `x` to the host, once the work that makes it is done."""
+        """Start to copy `x` to the host, once the work that makes it is done and the one before is there."""
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._let_go()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self._stream)  # its memory serves nobody else until the copy is done
+        self._leaving = x.detach(), self._stream.record_event()
         return host
 
     def fetch(self, parked: Tensor) -> Wait:
         """Start to copy back."""
+        self._let_go()
+        x = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            x = parked.to(self._device, non_blocking=True)
-            arrived = self._stream.record_event()
+            x.copy_(parked, non_blocking=True)
+        arrived = self._stream.record_event()
 
         def wait() -> Tensor:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(arrived)
-            x.record_stream(current)
+            torch.cuda.current_stream(self._device).wait_event(arrived)
             return x
 
         return wait
+
+    def _let_go(self) -> None:
+        """Free what was copied away, as soon as its copy has ended."""
+        if self._leaving is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._leaving[1])
+            self._leaving = None
 
 
 @dataclass

@@ -154,11 +154,11 @@ def transport_plan(
 
 
 def format_bytes(size: float) -> str:
-    """1.23 GB, 45.6 MB, 789 KB (powers of 1000)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+    """1.23 GB, 45.6 MB, 789 KB, 16 B (powers of 1000)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
-    return f"{size / 1e3:.3g} KB"
+    return f"{size:.3g} B"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,7 +1,9 @@
 """N ranks as threads of one process: to test and study geometry, bytes and balance at scales beyond one machine.
 
     def rank_main(group):                         # ThreadGroup: rank(), size(), and the collectives of wire.py
-        return context_attend(q, k, v, spec, layout="zigzag", group=group, cu_seqlens=pack).report.traffic
+        traffic = Traffic()
+        context_attend(q, k, v, spec, layout="zigzag", group=group, cu_seqlens=pack, traffic=traffic)
+        return traffic
 
     traffics = run_threads(rank_main, 512)
 

@@ -97,6 +97,7 @@ class Pull:
             softmax_scale=call.softmax_scale,
             backend=call.backend,
         )
+        dk_SKD, dv_SKD = dk_SKD.contiguous(), dv_SKD.contiguous()  # they may have the strides of k and v
         going: Callable[[], None] | None = None
         for pulled in pulling:
             grad_RW = _gradients_of_pulled(dq_SHD, pulled, dout_SHD, q_SHD, lse_SH, delta_SH, call)

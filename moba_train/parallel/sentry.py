@@ -9,19 +9,23 @@ be dead, or may have given up itself because of a third rank. So
 3. whoever has not answered within a few seconds is gone. Every rank says so and ends: the main thread by an
    ExchangeError, or the thread itself, where the main thread does not come back.
 
+The store may be lost as well, with the process or the node that keeps it. A process that is stopped, or a node without
+power, lets whoever asks it wait for ever; so every question has a time limit and a thread of its own.
+
 On CUDA the host does not wait for an exchange, and PyTorch's watchdog would end the process without saying what it was
 in. There the thread raises the alarm by itself, earlier than the watchdog, once the device is late (watch.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +37,8 @@ from .watch import Watch, is_broken_exchange, plain_text
 
 _MOST_TOLD = 4
 """Ranks of a kind that a message names; of a thousand that waited, a few say it all."""
+_MOST_TEXT = 1000
+"""Characters of a line on the board: all ranks read all lines at once, from one store."""
 
 
 def answer_time_s(timeout_s: float) -> float:
@@ -52,26 +58,24 @@ class Line:
     kind: str
     text: str
 
-    def encode(self) -> str:
-        return f"{self.kind}|{self.text}"
-
-    @staticmethod
-    def decode(raw: bytes) -> Line:
-        kind, _, text = raw.decode(errors="replace").partition("|")
-        return Line(kind, text)
-
 
 class Board:
-    """Lines that ranks leave for each other in a key-value store; RuntimeError when it is out of reach."""
+    """Lines that ranks leave for each other in a key-value store; RuntimeError when it is out of reach.
+
+    All lines stand under one key, so that a thousand ranks can read what a thousand ranks left.
+    """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         # a connection of its own, where PyTorch offers one: the main thread may be waiting on the other
         own = store.clone() if hasattr(store, "clone") else store
-        self._store = dist.PrefixStore("moba sentry", own)  # type: ignore[attr-defined]
+        # A process may be guarded several times over one store, all ranks as often: what an earlier time left is old.
+        times = own.add(f"moba sentry of rank {rank}", 1)
+        self._store: Any = dist.PrefixStore(f"moba sentry {times}", own)  # type: ignore[attr-defined]
         self.rank, self.world_size = rank, world_size
 
     def post(self, line: Line) -> None:
-        self._store.set(str(self.rank), line.encode())
+        """Leave a line; it takes the place of what this rank left before."""
+        self._store.append("lines", json.dumps([self.rank, line.kind, line.text[:_MOST_TEXT]]) + "\n")
 
     def raise_alarm(self) -> None:
         self._store.set("alarm", str(self.rank))
@@ -80,16 +84,11 @@ class Board:
         return bool(self._store.check(["alarm"]))
 
     def lines(self) -> dict[int, Line]:
-        """What has been left so far."""
-        left = self._there(list(range(self.world_size)))
-        return {rank: Line.decode(self._store.get(str(rank))) for rank in left}
-
-    def _there(self, ranks: list[int]) -> list[int]:
-        """The ranks that have left a line: by halves, since few have not."""
-        if not ranks or self._store.check([str(rank) for rank in ranks]):
-            return ranks
-        middle = len(ranks) // 2
-        return [] if not middle else self._there(ranks[:middle]) + self._there(ranks[middle:])
+        """What has been left so far, by rank."""
+        if not self._store.check(["lines"]):
+            return {}
+        left = (json.loads(line) for line in self._store.get("lines").decode().splitlines())
+        return {rank: Line(kind, text) for rank, kind, text in left}
 
 
 class Sentry:
@@ -119,7 +118,10 @@ class Sentry:
         self._lines: dict[int, Line] = {}
         self._alarm_s: float | None = None
         self._heard_s = 0.0
+        self._unheard = ""
+        self._lost = ""
         self._main_tells = False
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sentry", daemon=True)
@@ -132,26 +134,25 @@ class Sentry:
     def __exit__(self, *_: object) -> None:
         self._watch.is_read = False
         self._closed.set()
-        self._thread.join(self._answer_s)
+        self._thread.join(self._poll_s)  # it may be asking a store that does not answer
 
     def explain(self, line: Line) -> str:
         """From the main thread: leave `line`, raise the alarm, wait for the others; what they said, as a message."""
         with self._lock:
             self._main_tells = True
-        unreachable = self._try(lambda: self._alarm(line))
         self._alarm_s = self._alarm_s or time.monotonic()
         deadline_s = self._alarm_s + self._answer_s
-        if not unreachable:
-            unreachable = self._hear_out(deadline_s)
-        if self._heard_s >= deadline_s - 2 * self._poll_s:  # the store went when the others had spoken
-            unreachable = ""
+        self._unheard = self._ask(lambda: self._alarm(line), deadline_s - time.monotonic())
+        if not self._unheard:
+            self._hear_out(deadline_s)
         if self._board.rank == 0:
             time.sleep(2 * self._poll_s)  # it may keep the store: the others must have read it before this process ends
-        return self._story(line, unreachable)
+        return self._story(line)
 
     def leave_word(self, line: Line) -> None:
         """Leave a line for whoever misses this rank; no alarm, since all ranks may have come to the same end."""
-        self._try(lambda: self._board.post(line))
+        self._main_tells = True  # the thread does not speak over it
+        self._ask(lambda: self._board.post(line), self._answer_s)
 
     def look(self) -> bool:
         """One round of the thread; True = it has ended the process."""
@@ -164,19 +165,17 @@ class Sentry:
             self._tell_and_end(self.explain(line))
             return True
         if self._alarm_s is None:
-            with suppress(RuntimeError):  # the store is gone: so is the rank that kept it, as the next exchange shows
-                if self._board.is_alarm():
-                    self._alarm_s = time.monotonic()
-                    self._board.post(self._answer())
+            # An unheard one is no alarm: the store is gone, and so is whoever kept it, as the next exchange shows.
+            self._ask(self._answer_alarm, self._answer_s / 2)
             return False
-        self._try(self._read)
+        self._unheard = self._ask(self._read, self._answer_s / 2)
         if time.monotonic() < self._alarm_s + self._answer_s:
             return False
         with self._lock:
             if self._main_tells:
                 return False
             self._main_tells = True  # whatever it meets from here on, the story is told
-        self._tell_and_end(self._story(self._answer(), ""))
+        self._tell_and_end(self._story(self._answer()))
         return True
 
     def _run(self) -> None:
@@ -192,21 +191,30 @@ class Sentry:
         self._board.post(line)
         self._board.raise_alarm()
 
-    def _hear_out(self, deadline_s: float) -> str:
-        """Collect lines until all ranks have left one or the time is up; why the board is out of reach, or ""."""
-        unreachable = ""
-        while not unreachable and len(self._lines) < self._board.world_size:
-            unreachable = self._try(self._read)
+    def _answer_alarm(self) -> None:
+        """Say what this rank is at, if there is an alarm and the main thread says nothing itself."""
+        if self._board.is_alarm():
+            self._alarm_s = self._alarm_s or time.monotonic()
+            if not self._main_tells:
+                self._board.post(self._answer())
+
+    def _hear_out(self, deadline_s: float) -> None:
+        """Collect lines until all ranks have left one, the time is up, or the board is out of reach."""
+        while not self._unheard and len(self._lines) < self._board.world_size:
+            self._unheard = self._ask(self._read, deadline_s - time.monotonic())
             if time.monotonic() >= deadline_s:
                 break
-            time.sleep(self._poll_s / 5)
-        return unreachable
+            time.sleep(self._poll_s / 2)
 
     def _read(self) -> None:
         self._lines = self._board.lines()
         self._heard_s = time.monotonic()
 
-    def _story(self, line: Line, unreachable: str) -> str:
+    def _story(self, line: Line) -> str:
+        """A store that went when the others had spoken is not worth a word."""
+        assert self._alarm_s is not None
+        heard_late = self._heard_s >= self._alarm_s + self._answer_s - 2 * self._poll_s
+        unreachable = "" if heard_late or len(self._lines) == self._board.world_size else self._unheard
         return story(self._board.rank, self._board.world_size, line, self._lines, self._answer_s, unreachable)
 
     def _tell_and_end(self, message: str) -> None:
@@ -216,12 +224,31 @@ class Sentry:
     def _print(self, message: str) -> None:
         print(f"moba-train (rank {self._board.rank}): error: {message}", file=sys.stderr, flush=True)
 
-    def _try(self, ask: Callable[[], object]) -> str:
-        try:
-            ask()
-        except RuntimeError as error:
-            return plain_text(error)
-        return ""
+    def _ask(self, ask: Callable[[], object], within_s: float) -> str:
+        """Ask the board something, one question at a time; why there was no answer `within_s`, or "".
+
+        A store that was lost does not come back, and PyTorch prints its own stack for every question after that.
+        """
+        if self._lost:
+            return self._lost
+        deadline_s = time.monotonic() + max(within_s, self._poll_s)
+        failed = ["it does not answer"]
+        if not self._turn.acquire(timeout=max(within_s, self._poll_s)):
+            return failed[0]  # an earlier question is still open
+
+        def run() -> None:
+            try:
+                ask()
+                failed[0] = ""
+            except RuntimeError as error:
+                failed[0] = self._lost = plain_text(error)
+            finally:
+                self._turn.release()
+
+        thread = threading.Thread(target=run, name="sentry asks", daemon=True)
+        thread.start()
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+        return failed[0]
 
 
 def story(
@@ -290,6 +317,9 @@ def guarded(watch: Watch, *, timeout_s: float) -> Iterator[None]:
             yield
         except UserError as error:
             sentry.leave_word(Line("failed", f"{error.what}, in {watch.doing()}"))
+            raise
+        except KeyboardInterrupt:
+            sentry.leave_word(Line("failed", f"interrupted, in {watch.doing()}"))
             raise
         except Exception as error:
             _outlast_the_launcher()

@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from moba_train.errors import ExchangeError
 
 from . import collectives
 from .traffic import Traffic
-from .watch import Watch, plain_text
+from .watch import Watch, is_broken_exchange, plain_text
 
 
 class Group(Protocol):
@@ -155,11 +154,14 @@ class Wire:
 
     @contextmanager
     def named(self, phase: str) -> Iterator[None]:
-        """A collective that breaks off inside raises ExchangeError with rank, layer, transport and phase."""
+        """A collective that breaks off inside raises ExchangeError with rank, layer, transport and phase.
+
+        Other errors pass: a device reports an earlier failure of this rank wherever the host next speaks to it.
+        """
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, ExchangeError | torch.OutOfMemoryError):
+            if isinstance(error, ExchangeError) or not is_broken_exchange(error):
                 raise
             raise ExchangeError(
                 f"an exchange broke off on context-parallel rank {self.group.rank()} of {self.group.size()}: "

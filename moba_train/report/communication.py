@@ -6,7 +6,7 @@ from moba_train.model.transport_plan import format_bytes
 from moba_train.report import page
 from moba_train.report.run_data import RunData, StageSpan, mean_number
 
-_PHASE = "comm/received_bytes/"
+_PHASE, _PREDICTED = "comm/received_bytes/", "comm/predicted_bytes/"
 
 
 def communication(run: RunData) -> list[str]:
@@ -21,7 +21,7 @@ def communication(run: RunData) -> list[str]:
         "routing is uniform and documents are as long as those of the stage's first rows."
     )
     header = ("stage", "MoBA layers", "full layers", "predicted", "received", "received / predicted", "sent")
-    phases = ("stage", "phase", "received")
+    phases = ("stage", "phase", "predicted", "received")
     return [
         page.paragraph(note),
         page.table(header, [_stage_row(stage) for stage in stages], text_columns=3),
@@ -39,6 +39,9 @@ def _stage_row(stage: StageSpan) -> tuple[str, ...]:
 
 
 def _phase_rows(stage: StageSpan) -> list[tuple[str, ...]]:
-    keys = sorted({key for step in stage.steps for key in step if key.startswith(_PHASE)})
-    means = [(key.removeprefix(_PHASE), mean_number(stage.steps, key) or 0.0) for key in keys]
-    return [(stage.name, phase, format_bytes(size)) for phase, size in means]
+    names = sorted({key.removeprefix(_PHASE) for step in stage.steps for key in step if key.startswith(_PHASE)})
+
+    def mean(key: str) -> str:
+        return format_bytes(mean_number(stage.steps, key) or 0.0)
+
+    return [(stage.name, phase, mean(_PREDICTED + phase), mean(_PHASE + phase)) for phase in names]

@@ -25,7 +25,7 @@ from moba_train.train.schedule import Schedule
 from moba_train.train.signals import StopSignals
 
 # Rows that are looked at to learn how long a stage's documents are.
-TYPICAL_ROWS = 4
+TYPICAL_ROWS = 8
 
 Evaluator = Callable[[int, str, bool], Mapping[str, Any]]
 """(finished steps, stage name, end of a stage?) -> `eval/*` numbers, {} when it is not due. Collective."""
@@ -87,10 +87,7 @@ def train(
         stage = schedule.stages[place.stage_index]
         if data is None or place.stage_index != stage_index:
             stage_index, data = place.stage_index, stage_data(place.stage_index)
-            documents = typical_documents(data, stage) if engine.topology.cp > 1 else ()  # they decide on transports
-            notes = engine.set_stage(stage_index, documents=documents)
-            for line in (describe_stage(schedule, step), *notes):
-                log.line(line)
+            _begin_stage(engine, schedule, step, data, log)
 
         look_inside = (step + 1) % max(1, run.log_every) == 0 or place.is_stage_end
         result, record, stop_signal = _step(engine, schedule, step, data, meter, signals, log, look_inside)
@@ -114,6 +111,16 @@ def train(
     how = "finished" if reason == "finished" else f"stopped ({reason})"
     log.line(f"{how} after step {done.step}/{schedule.total_steps}")
     return TrainOutcome(reason == "finished", done, reason)
+
+
+def _begin_stage(engine: Engine, schedule: Schedule, step: int, data: RowSource, log: Log) -> None:
+    """Switch the engine to the stage of step `step` (counted from 0), and announce it."""
+    index = schedule.place(step).stage_index
+    # The documents decide on transports, which move nothing where a row is not shared.
+    documents = typical_documents(data, schedule.stages[index]) if engine.topology.cp > 1 else ()
+    notes = engine.set_stage(index, documents=documents)
+    for line in (describe_stage(schedule, step), *notes):
+        log.line(line)
 
 
 def _step(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moba_train.config.schema import EngineConfig, ModelConfig, RunConfig
-from moba_train.model.plan import count_layer_parameters
+from moba_train.config.schema import EngineConfig, ModelConfig, RunConfig, StageConfig
+from moba_train.model.plan import count_layer_parameters, full_layer_numbers
 from moba_train.model.tiles import tile_rows
 from moba_train.parallel.volume import STRIDE_BYTES
 
@@ -28,7 +28,8 @@ class MemoryPlan:
         libraries: Python, PyTorch and Megatron (CPU).
         weights, gradients, optimizer: over the whole run.
         data: tokens, positions and rotations of a row.
-        kept: what the forward pass keeps for the backward pass.
+        kept: what the forward pass keeps for the backward pass, without `picks`.
+        picks: the routing of MoBA layers, likewise.
         attention: what one layer needs on top while the backward of its attention runs, without `gathered`.
         gathered: keys and values of a whole row, and their gradients, of one stride of KV heads.
         mlp: what one layer needs on top while the backward of its MLP runs.
@@ -41,6 +42,7 @@ class MemoryPlan:
     optimizer: float
     data: float
     kept: float
+    picks: float
     attention: float
     gathered: float
     mlp: float
@@ -49,7 +51,7 @@ class MemoryPlan:
     @property
     def total(self) -> float:
         """The most at once: loss, MLP and attention follow one another."""
-        always = self.libraries + self.weights + self.gradients + self.optimizer + self.data + self.kept
+        always = self.libraries + self.weights + self.gradients + self.optimizer + self.data + self.kept + self.picks
         return always + max(self.attention + self.gathered, self.mlp, self.loss)
 
 
@@ -78,6 +80,7 @@ def estimate_memory(config: RunConfig) -> MemoryPlan:
         optimizer=optimizer,
         data=shard.data + 20 * row,  # the row itself on the host: tokens, labels, mask
         kept=shard.kept(layers, parallel.pp),
+        picks=max((shard.picks(stage) for stage in config.stages), default=0.0),
         attention=shard.attention,
         gathered=shard.gathered(row) if parallel.cp > 1 else 0.0,
         mlp=shard.mlp,
@@ -134,6 +137,12 @@ class _Shard:
             return 2 * self.hidden  # one under way, one in use
         return layers * pp * self.hidden
 
+    def picks(self, stage: StageConfig) -> float:
+        """Two bytes for each query, head and pick of the MoBA layers; as many layers as rows in flight under pp."""
+        moba = self.model.num_layers - len(full_layer_numbers(stage.full_layers, self.model.num_layers))
+        heads = self.model.num_heads if stage.select == "head" else self.model.num_kv_heads
+        return 0.0 if stage.attention == "full" else 2.0 * self.tokens * heads * (stage.topk - 1) * moba / self.tp
+
     @property
     def attention(self) -> float:
         """Gradients of the residual and of the norm's output, of the attention output and of q; under recompute the
@@ -157,11 +166,8 @@ class _Shard:
         return min(self.tokens, self.tp * tile_rows(rows, self.model.hidden_size, inner, num_ranks=self.tp, cpu=cpu))
 
     def gathered(self, row: int) -> float:
-        """As they arrive and in token order, both in the element's precision; their gradients in fp32, the same."""
-        of_head = row * 2 * self.model.head_dim
         kv_heads = max(1, self.model.num_kv_heads // self.tp)
-        stride = max(1, min(kv_heads, STRIDE_BYTES // max(1, of_head * self.element)))
-        return stride * of_head * (2 * self.element + 2 * 4)
+        return gathered_bytes(row, kv_heads, 2 * self.model.head_dim, self.element)
 
     @property
     def loss(self) -> float:
@@ -170,6 +176,18 @@ class _Shard:
         vocabulary = self.model.vocab_size // self.tp
         tile = self.tile(vocabulary) * vocabulary * (self.element + 4)
         return tile + 4 * vocabulary * self.model.hidden_size + 4 * self.hidden
+
+
+def gathered_bytes(num_tokens: int, num_kv_heads: int, width: int, element: int) -> float:
+    """What all_gather holds of a whole row at its worst moment, in the backward pass.
+
+    One stride of KV heads: gradients in fp32 and the message that they leave in. Where strides follow one another, also
+    the keys and values of this one and those of the next, which arrive. width: values of a key and its value.
+    """
+    of_head = num_tokens * width
+    stride = max(1, min(num_kv_heads, STRIDE_BYTES // max(1, of_head * element)))
+    beside = 0 if stride == num_kv_heads else 2 * element
+    return float(stride * of_head * (2 * 4 + beside))
 
 
 def memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
@@ -181,6 +199,7 @@ def memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
         ("optimizer", memory.optimizer, "Adam moments and master weights, / (dp * cp) when sharded"),
         ("data", memory.data, "tokens, positions and rotations of the longest row / cp"),
         ("kept", memory.kept, f"for backward; recompute {config.engine.recompute}, offload {config.engine.offload}"),
+        ("picks", memory.picks, "the routing of MoBA layers, two bytes a pick"),
         ("attention", memory.attention, "one layer's activations and gradients, while its attention's backward runs"),
         ("gathered", memory.gathered, "keys, values of a whole row and gradients, a stride of KV heads (all_gather)"),
         ("mlp", memory.mlp, "one layer's activations and gradients, while its MLP's backward runs"),
@@ -188,4 +207,7 @@ def memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
         ("total", memory.total, "the largest of attention + gathered, mlp and loss, with all others"),
     )
     title = "memory per rank, estimated" + (" (dp = auto counts as 1)" if config.parallel.dp == "auto" else "")
-    return [title, *(f"  {name:<12}{size / GIB:>9.3f} GiB  {how}" for name, size, how in rows)]
+    lines = [title, *(f"  {name:<12}{size / GIB:>9.3f} GiB  {how}" for name, size, how in rows)]
+    if config.engine.device == "cpu":  # measured by `make million` and its short form
+        lines.append("  on a CPU expect 1.3 to 1.4 times the total: memory that was freed stays with the process")
+    return lines

@@ -36,7 +36,7 @@ class Meter:
     peak_tflops: float | None
 
     def agree(self, stop_wish: bool, stage: StageConfig, rows: Sequence[Row]) -> tuple[bool, PairCounts]:
-        """The one collective that a step adds: does any rank wish to stop, and the step's attention work.
+        """One collective: does any rank wish to stop, and the step's attention work.
 
         Args:
             stop_wish: this rank received a signal.

@@ -40,4 +40,4 @@ def test_checkpoints_that_wait_in_host_memory_give_the_same_gradients_and_leave_
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     size = 4 * SHAPE[0] * SHAPE[2]
-    assert kept >= LAYERS * size and kept_offloaded <= 2 * size
+    assert kept >= LAYERS * size and kept_offloaded <= 3 * size  # the last output, and the last one under way

@@ -62,10 +62,13 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, dist
 
 
 def test_state_moves_between_meshes_without_a_change(tmp_path: Path) -> None:
-    """CP=2 -> CP=1 -> TP=2 -> CP=1 -> CP=2, saving without training: the last reads what the first wrote."""
+    """CP=2 -> CP=1 -> TP=2 -> PP=2 -> CP=2, saving without training: the last reads what the first wrote.
+
+    The head is tied, so that both pipeline ranks hold it.
+    """
     case, previous = case_of("fp32", True), folder(tmp_path, "first")
     first = run_ranks(trained, 2, case, {"cp": 2}, None, previous, range(2))
-    for n, mesh in ((1, {"cp": 1}), (2, {"tp": 2}), (1, {"cp": 1})):
+    for n, mesh in ((1, {"cp": 1}), (2, {"tp": 2}), (2, {"pp": 2})):
         here = folder(tmp_path, f"{mesh} after {previous.name}")
         found = run_ranks(trained, n, case, mesh, previous, here, range(0))
         if "cp" in mesh:
@@ -80,13 +83,19 @@ def test_state_moves_between_meshes_without_a_change(tmp_path: Path) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def saved_and_loaded_untrained(rank: int, n: int, cases: list[Case], folders: list[Path]) -> None:
+    for case, at_0 in zip(cases, folders, strict=True):
+        fresh = trained(rank, n, case, {}, None, at_0, range(0))
+        loaded = trained(rank, n, case, {}, at_0, None, range(0))
+        for name, value in fresh["weights"].items():
+            np.testing.assert_array_equal(loaded["weights"][name], value)
+        for a, b in zip(fresh["moments"], loaded["moments"], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_a_model_that_was_never_trained_can_be_saved_and_loaded(tmp_path: Path) -> None:
-    at_0 = folder(tmp_path, "at_0")
-    case = case_of("fp32", True)
-    (fresh,) = run_ranks(trained, 1, case, {}, None, at_0, range(0))
-    (loaded,) = run_ranks(trained, 1, case, {}, at_0, None, range(0))
-    for name, value in fresh["weights"].items():
-        np.testing.assert_array_equal(loaded["weights"][name], value)
+    cases = [case_of("fp32", True), case_of("fp32", False), case_of("bf16", False)]
+    run_ranks(saved_and_loaded_untrained, 1, cases, [folder(tmp_path, str(i)) for i in range(len(cases))])
 
 
 def refused(rank: int, n: int, case: Case, mesh: dict[str, int]) -> str:

@@ -1,4 +1,5 @@
-"""Rows, and the check that attention over a sharded row equals one rank's, that the tests of all transports share.
+"""What the tests of all transports share: rows, the check that attention over a sharded row equals one rank's, and eyes
+on what a transport does in turn and reads from the device.
 
 Routing exactly; output and gradients by the 2x rule: the error against a one-rank fp64 reference, with the routing
 replayed, is at most twice the error of one rank in the same precision (plus a floor far below what such an error looks
@@ -7,15 +8,18 @@ like when something is wrong).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_kernels import AttentionSpec, Full, MoBA, Pack, Routing, attend
 from moba_train.parallel import context_attend
 from moba_train.parallel.shard import Layout, shard
-from moba_train.parallel.wire import Group, Wire
+from moba_train.parallel.wire import Group, Pending, Wire
 
 LAYOUTS: tuple[Layout, ...] = ("zigzag", "contiguous")
 
@@ -135,3 +139,45 @@ def check_case(
         assert got.dtype == one.dtype, (where, name)
         limit = 2 * error_of(one, truth) + floor
         assert error_of(got, my_shard(truth, rank, n, layout)) <= limit, (where, name)
+
+
+class NoHostRead(TorchDispatchMode):
+    """Refuses operations that make the host wait for a GPU: for a value, or for the size of a result."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        refused = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "bincount", "unique", "equal"}
+        assert name not in refused, name
+        indices = args[1] if name in {"index", "index_put", "index_put_"} else ()
+        assert all(x is None or x.dtype != torch.bool for x in indices), name
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class LoggingWire(Wire):
+    """Notes when exchanges start and are waited for, in the log of this rank."""
+
+    logs: tuple[list[str], ...] = ()
+
+    def all_gather(self, sent: Tensor, *, phase: str) -> Pending:
+        pending = super().all_gather(sent, phase=phase)
+        return pending if self.members else self._noted(pending)  # among some ranks it is an all-to-all
+
+    def reduce_scatter(self, sent: Tensor, *, phase: str) -> Pending:
+        pending = super().reduce_scatter(sent, phase=phase)
+        return pending if self.members else self._noted(pending)
+
+    def all_to_all(
+        self, sent: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], *, phase: str
+    ) -> Pending:
+        return self._noted(super().all_to_all(sent, sent_rows, received_rows, phase=phase))
+
+    def _noted(self, pending: Pending) -> Pending:
+        log = self.logs[self.group.rank()]
+        log.append(f"start {pending.phase}")
+
+        def finish() -> Tensor:
+            log.append(f"wait {pending.phase}")
+            return pending.finish()
+
+        return replace(pending, finish=finish)

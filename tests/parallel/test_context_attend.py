@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from moba_kernels import Full, MoBA, Pack, PairTally, Routing, random_routing
-from moba_train.parallel import context_attend, route_context
+from moba_kernels import Full, MoBA, Pack, PairTally, Partial, Routing, random_routing
+from moba_train.parallel import a2a, all_gather, context_attend, route_context
 from moba_train.parallel.all_gather import AllGather
-from moba_train.parallel.context_attention import planned_pairs_of_shard
+from moba_train.parallel.context_attention import TRANSPORTS, planned_pairs_of_shard
+from moba_train.parallel.emulation import ThreadGroup, run_threads
 from moba_train.parallel.pooled_keys import chunk_owners, route_over
 from moba_train.parallel.shard import Layout, shard_positions
 from moba_train.parallel.traffic import Traffic
 from moba_train.parallel.transport import ShardedCall, row_cut
 from moba_train.parallel.wire import Wire
 from tests.distributed import run_ranks
-from tests.parallel.sharded_case import CASES, LAYOUTS, Case, check_case, error_of, inputs_of, my_shard, one_rank
+from tests.parallel.sharded_case import (
+    CASES,
+    LAYOUTS,
+    Case,
+    LoggingWire,
+    NoHostRead,
+    check_case,
+    error_of,
+    inputs_of,
+    my_shard,
+    one_rank,
+)
 
 
 def _all_cases(rank: int, n: int) -> None:
@@ -121,6 +138,65 @@ def test_the_stride_fits_its_buffer_and_is_at_least_one_head() -> None:
     assert AllGather(stride_bytes=3 * bytes_of_head).stride(1000, k, v) == 3
     assert AllGather(stride_bytes=100 * bytes_of_head).stride(1000, k, v) == 8
     assert AllGather(stride_bytes=1).stride(1000, k, v) == 1
+
+
+_GATHERED = [
+    *("start forward/kv", "wait forward/kv", "start forward/kv", "attend", "wait forward/kv", "attend"),
+    *("start backward/kv", "wait backward/kv", "start backward/kv", "gradients", "start backward/dkv"),
+    *("wait backward/kv", "gradients", "wait backward/dkv", "start backward/dkv", "wait backward/dkv"),
+]
+_SWAPPED_IN = ["start forward/qkv", "start forward/picks", "wait forward/qkv", "wait forward/picks"]
+_SWAPPED_OUT = ["start forward/out", "wait forward/out", "start backward/dout", "wait backward/dout"]
+_SWAPPED_BACK = ["start backward/dqkv", "wait backward/dqkv"]
+_ACROSS = ["start backward/kv", "wait backward/kv", "gradients", "start backward/dkv", "wait backward/dkv"]
+IN_TURN = {
+    "all_gather": _GATHERED,
+    "a2a": [*_SWAPPED_IN, "attend", *_SWAPPED_OUT, "gradients", *_SWAPPED_BACK],
+    "a2a+all_gather": [
+        *(*_SWAPPED_IN, "start forward/kv", "wait forward/kv", "attend"),
+        *(*_SWAPPED_OUT, *_ACROSS, *_SWAPPED_BACK),
+    ],
+}
+
+
+@pytest.mark.parametrize(("transport", "num_ranks"), [("all_gather", 2), ("a2a", 2), ("a2a+all_gather", 4)])
+def test_the_next_gather_runs_beside_this_one_s_attention_and_the_host_reads_nothing(
+    monkeypatch: pytest.MonkeyPatch, transport: str, num_ranks: int
+) -> None:
+    logs: tuple[list[str], ...] = tuple([] for _ in range(num_ranks))
+
+    def log(what: str) -> None:
+        logs[int(threading.current_thread().name.split()[1])].append(what)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Partial:
+        log("attend")
+        return Partial(q.new_zeros((*q.shape[:2], v.shape[2])), q.new_zeros(q.shape[:2]))
+
+    def attend_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        log("gradients")
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    for module in (all_gather, a2a):
+        monkeypatch.setattr(module, "attend_partial", attend)
+        monkeypatch.setattr(module, "attend_partial_backward", attend_backward)
+    case = replace(CASES[1], heads=(4, 4))
+    inputs = inputs_of(case)
+    _, whole = one_rank(case, inputs, None, torch.float32, "torch")
+    assert whole is not None
+
+    def rank_main(group: ThreadGroup) -> None:
+        q, k, v, dout = (my_shard(x, group.rank(), num_ranks, "zigzag") for x in inputs)
+        cut = row_cut(whole.pack, num_ranks, "zigzag")
+        positions, wire = torch.from_numpy(cut.positions(group.rank())), LoggingWire(group, logs=logs)
+        mine = whole.select(positions)
+        call = ShardedCall(case.spec, whole.pack, cut, group.rank(), wire, positions, mine, None, "auto", node_ranks=2)
+        served = AllGather(2 * 61 * 16 * 4) if transport == "all_gather" else TRANSPORTS[transport]  # 2 KV heads
+        with NoHostRead():  # type: ignore[no-untyped-call]
+            _, lse, saved, kept = served.forward(q, k, v, call, PairTally())
+            served.backward(dout, lse, saved, kept, call)
+
+    run_threads(rank_main, num_ranks)
+    assert logs == (IN_TURN[transport],) * num_ranks
 
 
 def _bytes_of_routing(rank: int, n: int) -> tuple[int, int]:

@@ -13,10 +13,21 @@ from moba_train.parallel import context_attend, route_context
 from moba_train.parallel.cut import Layout, cut_row
 from moba_train.parallel.emulation import ThreadGroup, run_threads
 from moba_train.parallel.pooled_keys import chunk_owners, route_over
+from moba_train.parallel.rules import TRANSPORT_NAMES, refusals
 from moba_train.parallel.traffic import Traffic
 from moba_train.parallel.wire import Group, Wire
 from tests.distributed import run_ranks
-from tests.parallel.sharded_case import CASES, LAYOUTS, check_case, inputs_of, my_shard
+from tests.parallel.sharded_case import (
+    CASES,
+    LAYOUTS,
+    Case,
+    check_case,
+    error_of,
+    inputs_of,
+    my_shard,
+    one_rank,
+    sharded,
+)
 
 
 def _collectives(group: Group) -> list[object]:
@@ -77,6 +88,34 @@ def test_attention_over_threads_equals_one_rank(num_ranks: int) -> None:
                 check_case(case, group, layout, torch.float32, floor=2e-6)
 
     run_threads(check, num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+def test_every_transport_picks_what_one_rank_picks_on_small_integers_ties_included(num_ranks: int) -> None:
+    case = Case("small integers, packed", (0, 0, 64, 65, 101, 128), MoBA(4, 3), heads=(8, 8))
+    inputs = inputs_of(case, integers=True)
+    expected, whole = one_rank(case, inputs, None, torch.float32, "torch")
+    assert whole is not None
+    served: set[str] = set()
+
+    def rank_main(group: ThreadGroup) -> None:
+        for transport in TRANSPORT_NAMES:
+            if refusals(transport, case.spec, num_heads=8, num_kv_heads=8, num_ranks=num_ranks):
+                continue
+            served.add(transport)
+            for layout in LAYOUTS:
+                got, mine = sharded(
+                    case, inputs, group, layout, torch.float32, transport=transport, node_ranks=max(1, num_ranks // 2)
+                )
+                where = (transport, layout, group.rank())
+                assert mine is not None
+                ids = my_shard(whole.chunk_ids, group.rank(), num_ranks, layout)
+                assert torch.equal(mine.chunk_ids, ids), where
+                for x, one in zip(got, expected, strict=True):
+                    assert error_of(x, my_shard(one, group.rank(), num_ranks, layout).double()) < 1e-5, where
+
+    run_threads(rank_main, num_ranks)
+    assert served == set(TRANSPORT_NAMES) - ({"a2a"} if num_ranks == 3 else set())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

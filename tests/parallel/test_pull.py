@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_kernels import Full, MoBA, Pack, PairTally, Partial, Routing, random_routing, route
 from moba_train.parallel import pull, pull_plan
@@ -28,12 +26,14 @@ from moba_train.parallel.pull_plan import HostCopy
 from moba_train.parallel.shard import Layout
 from moba_train.parallel.traffic import Traffic
 from moba_train.parallel.transport import ShardedCall, row_cut
-from moba_train.parallel.wire import Group, Pending, Wire
+from moba_train.parallel.wire import Group, Wire
 from tests.distributed import run_ranks
 from tests.parallel.sharded_case import (
     CASES,
     LAYOUTS,
     Case,
+    LoggingWire,
+    NoHostRead,
     check_case,
     error_of,
     inputs_of,
@@ -312,36 +312,6 @@ def test_picked_chunks_are_marked_whatever_the_number_of_picks_at_a_time(
         assert torch.equal(pull_plan.picked_chunks(routing, 2, 100), expected)
 
 
-class _NoHostRead(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses ops that make the host wait for the device, or have results of a size that the device knows."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        refused = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "aten.equal")
-        assert not any(word in name for word in refused), name
-        indices = args[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
-        assert all(x is None or x.dtype != torch.bool for x in indices), name
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True)
-class _LoggingWire(Wire):
-    log: tuple[list[str], ...] = ()
-
-    def all_to_all(
-        self, sent: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], *, phase: str
-    ) -> Pending:
-        log = self.log[self.group.rank()]
-        log.append(f"start {phase}")
-        pending = super().all_to_all(sent, sent_rows, received_rows, phase=phase)
-
-        def finish() -> Tensor:
-            log.append(f"wait {phase}")
-            return pending.finish()
-
-        return replace(pending, finish=finish)
-
-
 def _logs(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What rank 1 of 2 does in turn, forward and backward, one KV head at a time; attention itself is left out."""
     logs: tuple[list[str], ...] = ([], [])
@@ -369,9 +339,9 @@ def _logs(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def rank_main(group: ThreadGroup) -> None:
         rank_of_thread[threading.get_ident()] = group.rank()
-        prepared = _Prepared.of(case, _LoggingWire(group, log=logs), "contiguous", routing)
+        prepared = _Prepared.of(case, LoggingWire(group, logs=logs), "contiguous", routing)
         q, k, v, dout = prepared.inputs
-        with _NoHostRead():  # type: ignore[no-untyped-call]
+        with NoHostRead():  # type: ignore[no-untyped-call]
             _, lse, saved, kept = Pull(stride_bytes=1).forward(q, k, v, prepared.call, PairTally())
             Pull(stride_bytes=1).backward(dout, lse, saved, kept, prepared.call)
 

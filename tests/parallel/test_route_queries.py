@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_kernels import MoBA, Pack, PairTally, Partial, Routing, random_routing
 from moba_train.parallel import context_attend, route_queries
@@ -37,6 +36,7 @@ from tests.parallel.sharded_case import (
     CASES,
     LAYOUTS,
     Case,
+    NoHostRead,
     check_case,
     error_of,
     inputs_of,
@@ -289,17 +289,6 @@ def test_holders_of_a_chunk_are_ranks_in_order_with_their_first_token_of_it() ->
     assert chunk_holders(Pack([0, 12]), 12, cut_row(12, 2, "zigzag"))[1][0].tolist() == [0, 3]
 
 
-class _NoReads(TorchDispatchMode):
-    """Fails at operations whose result's size or value the host would have to wait for on a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal"}, name
-        masks = args[1] if name in {"index", "index_put_", "index_put"} else []
-        assert all(x is None or x.dtype != torch.bool for x in masks), name
-        return func(*args, **(kwargs or {}))
-
-
 def _attends_to_nothing(q: Tensor, k: Tensor, v: Tensor, spec: MoBA, **_: Any) -> Partial:
     return Partial(q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf))
 
@@ -319,7 +308,7 @@ def test_outside_of_attention_nothing_is_read_from_the_device_but_the_counts(mon
         q, k, v, dout = (my_shard(x, group.rank(), 2, "zigzag") for x in inputs)
         call = _call(case, group, "zigzag", routing)
         transport = RouteQueries(stride_bytes=1)
-        with _NoReads():
+        with NoHostRead():
             sent = transport.forward(q, k, v, call, PairTally())
             transport.backward(dout, sent.lse, sent.saved, sent.kept, call)
         assert sum(sum(stride.received) for stride in sent.kept) > 0
@@ -350,5 +339,27 @@ def test_queries_arrive_by_head_and_token_with_their_picks_whatever_their_width(
         assert arrived.q_QGD[:, 0, 0].tolist() == torch.cat([looking_back, looking_back + 0.5]).tolist()
         ids = arrived.picks_QP.long() if wide else arrived.picks_QP.view(torch.uint16).long()
         assert torch.equal(ids, chunk_ids[looking_back.repeat(2), 1:])
+
+    run_threads(main, 2)
+
+
+def test_heads_and_positions_arrive_whole_where_their_product_is_past_2_to_the_31() -> None:
+    num_heads, num_tokens, chunk = 2049, 1 << 20, 1 << 16
+    pack = Pack([0, num_tokens])
+    case = Case("", pack.cu_seqlens, MoBA(chunk, 2), heads=(num_heads, num_heads))
+    cut = cut_row(num_tokens, 2, "contiguous")
+
+    def main(group: Group) -> None:
+        position = torch.tensor([num_tokens - 1 if group.rank() else 0])  # the one query of each rank that is looked at
+        own_and_first = torch.tensor([[15, 0] if group.rank() else [0, -1]])
+        ids = own_and_first.unsqueeze(1).repeat(1, num_heads, 1)
+        routing = Routing.from_chunk_ids(ids, case.spec, pack, position)  # type: ignore[arg-type]
+        call = ShardedCall(case.spec, pack, cut, group.rank(), Wire(group), position, routing, None, "auto")
+        q = torch.arange(num_heads).view(1, -1, 1).float()
+        (stride,) = start_count(call, [(0, num_heads)])()
+        arrived = sort_arrived(send_queries(q, stride, list_queries(call, stride), call).wait(), q, call)
+        if group.rank() == 0:  # the holder of the first chunk
+            assert arrived.position_Q.tolist() == [num_tokens - 1] * num_heads
+            assert arrived.q_QGD.flatten().tolist() == list(range(num_heads))
 
     run_threads(main, 2)

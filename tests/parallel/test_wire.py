@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moba_kernels import Full, MoBA, Pack
 from moba_train.errors import ExchangeError
-from moba_train.parallel import collectives
+from moba_train.parallel import collectives, context_attend, key_halo
 from moba_train.parallel.emulation import ThreadGroup, run_threads
+from moba_train.parallel.rules import TRANSPORT_NAMES, refusals
+from moba_train.parallel.shard import shard_length
 from moba_train.parallel.watch import Watch, is_broken_exchange, plain_text
 from moba_train.parallel.wire import Pending, Wire
 from tests.distributed import run_ranks
@@ -83,7 +89,7 @@ def test_a_watch_knows_the_exchange_that_the_host_waits_in_and_after_one_broke_o
         def wait(self) -> None:
             seen.append(watch.in_exchange())
             if len(seen) == 2:
-                raise RuntimeError("gone")
+                raise RuntimeError("[/gloo/pair.cc:5] gone")
 
     def wait(group: ThreadGroup) -> None:
         wire = Wire(group, transport="a2a", layer=0, watch=watch).among([0])
@@ -98,11 +104,92 @@ def test_a_watch_knows_the_exchange_that_the_host_waits_in_and_after_one_broke_o
 
 
 def test_errors_of_the_program_are_not_taken_for_broken_exchanges() -> None:
+    class Failed:
+        def wait(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def wait(group: ThreadGroup) -> None:
+        with pytest.raises(RuntimeError, match=r"^CUDA error") as caught:
+            Pending(Failed(), lambda: torch.empty(0), (), Wire(group), "forward/kv").wait()
+        assert not isinstance(caught.value, ExchangeError)
+
+    run_threads(wait, 1)
     assert is_broken_exchange(RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5ms"))
     assert is_broken_exchange(dist.DistBackendError("NCCL")) and is_broken_exchange(ExchangeError("x"))
     assert not is_broken_exchange(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_broken_exchange(ValueError("/gloo/"))
     assert plain_text(RuntimeError("Broken pipe\nException raised from sendBytes at x")) == "Broken pipe"
+
+
+# What NCCL carries; it refuses int16, for one.
+NCCL_DTYPES = {
+    *(torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+
+
+@dataclass(frozen=True)
+class _StrictGroup(ThreadGroup):
+    """Is as particular as NCCL, and notes what is started in which order."""
+
+    log: list[str] = field(default_factory=list)
+
+    def _note(self, what: str, *tensors: Tensor) -> None:
+        self.log.append(what)
+        for x in tensors:
+            assert x.dtype in NCCL_DTYPES and x.is_contiguous(), (what, x.dtype, x.stride())
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> None:
+        self._note(f"all-gather {sent.numel()} {sent.dtype}", received, sent)
+        super().all_gather(received, sent)
+
+    def reduce_scatter(self, received: Tensor, sent: Tensor) -> None:
+        self._note(f"reduce-scatter {sent.numel()} {sent.dtype}", received, sent)
+        super().reduce_scatter(received, sent)
+
+    def all_reduce(self, x: Tensor) -> None:
+        self._note(f"all-reduce {x.numel()} {x.dtype}", x)
+        super().all_reduce(x)
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_rows: Sequence[int], sent_rows: Sequence[int]
+    ) -> None:
+        self._note(f"all-to-all of rows {tuple(sent.shape[1:])} {sent.dtype}", received, sent)
+        super().all_to_all(received, sent, received_rows, sent_rows)
+
+
+@pytest.mark.parametrize("transport", TRANSPORT_NAMES)
+def test_all_ranks_start_the_same_exchanges_in_one_order_and_wait_for_each_in_types_that_nccl_carries(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that hold nothing, pick nothing or are asked for nothing are no exception."""
+    waits: list[None] = []
+    monkeypatch.setattr(collectives._Done, "wait", lambda _: waits.append(None))
+    specs = (MoBA(4, 3), MoBA(40, 2), MoBA(6, 2, "group"), MoBA(100, 1), Full())
+    rows = ((0, 0, 9, 80), (0, 1, 3))  # with the second some ranks hold no token
+
+    def rank_main(thread: ThreadGroup) -> list[str]:
+        group = _StrictGroup(thread.table, thread.own_rank)
+        for spec, cu_seqlens in product(specs, rows):
+            if refusals(transport, spec, num_heads=8, num_kv_heads=4, num_ranks=4):
+                continue
+            pack = Pack(cu_seqlens)
+            length = shard_length(pack.num_tokens, 4, group.rank(), "zigzag")
+            generator = torch.Generator().manual_seed(group.rank())
+            shapes = ((8, length, 8), (4, length, 8), (4, length, 6))  # heads first in memory
+            leaves = [torch.randn(s, generator=generator).bfloat16().requires_grad_() for s in shapes]
+            q, k, v = (leaf.transpose(0, 1) for leaf in leaves)
+            options = {"layout": "zigzag", "group": group, "transport": transport, "cu_seqlens": pack, "node_ranks": 2}
+            # This backend's gradients have the strides of what it is given, so messages meet both kinds.
+            result = context_attend(q, k, v, spec, backend="reference", **options)
+            torch.autograd.grad(result.out, (q, k, v), torch.ones_like(result.out))
+            halo = key_halo(k, 2, num_tokens=pack.num_tokens, layout="zigzag", group=group)
+            torch.autograd.grad(halo, k, torch.ones_like(halo))
+        return group.log
+
+    logs = run_threads(rank_main, 4)
+    assert logs[0] and all(log == logs[0] for log in logs)
+    assert len(waits) == sum(len(log) for log in logs)
 
 
 def test_context_attention_and_its_gpu_check_need_no_package_but_torch_and_numpy() -> None:

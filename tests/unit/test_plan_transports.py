@@ -50,7 +50,7 @@ def test_an_automatic_choice_shows_what_comes_next_and_what_cannot_serve() -> No
     of_full = [line for line in text.splitlines() if " full layers (3)" in line]
     assert len(of_full) == 4
     for line in of_full:
-        overheads = [float(other.split()[1]) for other in line.split("next: ")[1].split(", ")]
+        overheads = [float(other.split()[1]) for other in line.split("others: ")[1].split(", ")]
         assert len(overheads) == 2 and overheads == sorted(overheads)
     assert text.count("  a2a cannot serve: ") == 1  # for MoBA and full layers alike: 8 query heads, 16 ranks
     assert "  route_queries cannot serve: " in text

@@ -141,14 +141,6 @@ def test_a_degree_below_one_is_refused_by_name(name: str) -> None:
         check_world_size(ParallelConfig(**{name: 0}), 1)
 
 
-def test_a_tied_head_over_pipeline_ranks_cannot_be_saved_with_the_distributed_optimizer(smoke: RunConfig) -> None:
-    pipeline = replace(smoke, "parallel.pp", 2)
-    with pytest.raises(ConfigError, match="a tied head over several pipeline ranks"):
-        validate(pipeline)
-    validate(replace(pipeline, "engine.distributed_optimizer", False))
-    validate(replace(pipeline, "model.tied_head", False))
-
-
 @pytest.mark.parametrize(("world_size", "dp"), [(2, 1), (4, 2), (6, 3)])
 def test_dp_auto_takes_the_ranks_that_are_left(world_size: int, dp: int) -> None:
     assert check_world_size(ParallelConfig(cp=2), world_size) == dp

@@ -12,7 +12,7 @@ from moba_train.data import prep
 from moba_train.data.indexed import open_indexed, write_indexed
 from moba_train.data.needles import NeedleText, load_words
 from moba_train.data.prep import PrepOptions, document_hash, prepare
-from moba_train.data.tokenizer import load_tokenizer
+from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.data.vocabulary import check_vocabulary
 from moba_train.errors import ConfigError, DataError
 from tests.unit.data.conftest import corpus
@@ -76,6 +76,18 @@ def test_joined_text_is_one_document_of_the_same_tokens_on_each_side(prepared, s
         tokens = np.concatenate([apart.get(i)[:-1] for i in range(apart.num_documents)])
         assert apart.num_documents > 1 and joined.num_documents == report.documents[name] == 1
         assert np.array_equal(joined.get(0), [*tokens, eod_id])
+
+
+def test_a_folder_from_before_text_could_be_joined_is_left_alone(prepared, source):
+    record = json.loads((prepared / "prep.json").read_text())
+    assert "join" not in record["request"]["options"]
+    assert prepare(options_of(source, prepared)).up_to_date
+
+
+def test_a_text_of_which_a_tokenizer_leaves_nothing_is_left_out_of_joined_text(source, tmp_path, monkeypatch):
+    encode = Tokenizer.encode_many
+    monkeypatch.setattr(Tokenizer, "encode_many", lambda self, texts: [[], *encode(self, texts)[1:]])
+    assert prepare(options_of(source, tmp_path / "out", join=True, needles={})).documents["train"] == 1
 
 
 def test_the_same_document_twice_lands_on_the_same_side(source, tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from moba_train.engine import memory
 from moba_train.engine.memory import MemoryMeter, Span, needs, release_unused
 from moba_train.engine.phases import Phase
 
@@ -76,6 +80,17 @@ def test_memory_that_lived_for_an_instant_is_seen_in_its_phase_and_in_no_other()
     assert found["loss"] < 16 * MIB and found["kept"] < 16 * MIB
     assert found["peak"] >= found["libraries"] + 255 * MIB
     assert meter.peak == found["peak"]
+
+
+@pytest.mark.parametrize("status", [None, "VmSize: 10 kB\n"], ids=["no status file", "a status file without it"])
+def test_a_system_that_does_not_tell_the_memory_in_use_tells_its_peak(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str | None
+) -> None:
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(memory, "STATUS", str(tmp_path / "status"))
+    meter = MemoryMeter(torch.device("cpu"))
+    assert meter.end_step()["libraries"] == meter.peak > 100 * MIB
 
 
 def test_tensors_that_share_memory_count_once() -> None:

@@ -123,6 +123,6 @@ def test_times_are_written_in_the_unit_that_suits_them() -> None:
     assert [format_seconds(s) for s in (0.0, 4.56e-5, 0.0123, 1.234)] == ["0 ms", "0.0456 ms", "12.3 ms", "1.23 s"]
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 KB"), (789_000, "789 KB"), (12.34e6, "12.3 MB"), (4.5e9, "4.5 GB")])
+@pytest.mark.parametrize(("size", "text"), [(16, "16 B"), (789_000, "789 KB"), (12.34e6, "12.3 MB"), (4.5e9, "4.5 GB")])
 def test_bytes_are_written_with_three_digits(size: float, text: str) -> None:
     assert format_bytes(size) == text

@@ -20,6 +20,7 @@ def test_predicted_bytes_stand_beside_measured_ones(make_run: Callable[..., Path
                 "comm/sent_bytes": 4.1e6,
                 "comm/received_bytes": 5e6,
                 "comm/predicted_bytes": 4e6,
+                "comm/predicted_bytes/forward/kv": 3e6,
                 "comm/received_bytes/forward/kv": 3.5e6,
                 "comm/received_bytes/backward/dkv": 1.5e6,
                 "comm/transport_moba": "pull",
@@ -29,7 +30,7 @@ def test_predicted_bytes_stand_beside_measured_ones(make_run: Callable[..., Path
     cells = ("long", "pull", "-", "4 MB", "5 MB", "1.250", "4.1 MB")
     texts = [f'<td class="text">{cell}</td>' for cell in cells[:3]] + [f"<td>{cell}</td>" for cell in cells[3:]]
     assert "<tr>" + "".join(texts) + "</tr>" in html
-    assert '<td class="text">forward/kv</td><td>3.5 MB</td>' in html
+    assert '<td class="text">forward/kv</td><td>3 MB</td><td>3.5 MB</td>' in html
 
 
 def test_a_run_without_context_parallelism_has_no_such_section(make_run: Callable[..., Path]) -> None:

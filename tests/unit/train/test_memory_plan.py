@@ -53,9 +53,9 @@ def test_a_loss_never_counts_more_logits_than_a_tile(llama: RunConfig) -> None:
 def test_one_rank_gathers_nothing_and_the_total_is_the_largest_moment() -> None:
     plan = estimate_memory(load_config(CONFIGS / "smoke.toml"))
     assert plan.gathered == 0
-    always = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.data + plan.kept
+    always = plan.libraries + plan.weights + plan.gradients + plan.optimizer + plan.data + plan.kept + plan.picks
     assert plan.total == always + max(plan.attention, plan.mlp, plan.loss)
 
 
 def test_a_million_tokens_on_two_cpu_ranks_fit_twelve_gib() -> None:
-    assert 9 * GIB < 2 * estimate_memory(load_config(CONFIGS / "million_cpu.toml")).total < 12 * GIB
+    assert 8 * GIB < 2 * estimate_memory(load_config(CONFIGS / "million_cpu.toml")).total < 12 * GIB
