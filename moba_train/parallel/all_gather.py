@@ -25,11 +25,8 @@ from moba_kernels import PairTally, attend_partial, attend_partial_backward
 
 from .shard import join_shards, pad_rows, take_pieces
 from .transport import Sent, ShardedCall
+from .volume import STRIDE_BYTES
 from .wire import Pending
-
-# Gathered keys and values of one stride. Large enough that small rows go in one collective, small enough that a long
-# row's buffer stays a fraction of its activations (where one head is larger than this, one head it is).
-STRIDE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

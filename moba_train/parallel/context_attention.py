@@ -46,7 +46,7 @@ from .a2a_all_gather import AllToAllAllGather
 from .all_gather import AllGather
 from .cost import choose_transport
 from .cut import Layout, Pieces, shard_length, shard_pieces
-from .hardware import PRESETS, preset_of_device
+from .hardware import PRESETS
 from .pooled_keys import route_over
 from .pull import Pull
 from .route_queries import RouteQueries
@@ -196,16 +196,16 @@ def _check_transport(name: str, spec: AttentionSpec, num_heads: int, num_kv_head
 def _cheapest(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, pack: Pack, num_ranks: int, layout: Layout, node_ranks: int
 ) -> str:
-    """What the cost model chooses for this row and these shapes on this kind of device: once a row, alike on ranks."""
+    """What the cost model chooses for this row and these shapes: once a row, and alike on all ranks, whose GPUs may be
+    of different models: any CUDA device counts as an H100 here. (The engine knows better; it decides for all ranks.)"""
     heads = HeadShape(q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.element_size())
 
     def choose() -> str:
-        device_name = torch.cuda.get_device_name(q.device) if q.device.type == "cuda" else ""
         row = RowShape(pack.num_tokens, num_ranks, layout, tuple(pack.cu_seqlens))
-        hardware = PRESETS[preset_of_device(device_name)]
+        hardware = PRESETS["h100" if q.device.type == "cuda" else "cpu"]
         return choose_transport(spec, heads, [row], hardware, node_ranks=node_ranks).transport
 
-    return pack.derived(("transport", spec, heads, num_ranks, layout, node_ranks, q.device), choose)
+    return pack.derived(("transport", spec, heads, num_ranks, layout, node_ranks, q.device.type), choose)
 
 
 def _whole_row(cu_seqlens: Pack | Sequence[int] | Tensor | None, q: Tensor, group: Group | None) -> Pack:

@@ -1,6 +1,7 @@
 """Transport "pull": every rank pulls just the keys and values that its queries attend to and that it does not hold.
 
-    forward    who wants what (pull_plan.py)          | meanwhile the first half of the queries attends to local keys
+    forward    who wants what (pull_plan.py); its sizes
+               are on their way to the host           | meanwhile the first half of the queries attends to local keys
                rows of K and V, first stride of heads | meanwhile the second half does
                next stride                            | meanwhile each KV head of this one attends, and is merged
     backward   rows of K and V again                  | meanwhile the backward pass over local keys
@@ -43,10 +44,7 @@ from moba_kernels.attend.call import accumulate_dtype
 
 from .pull_plan import PullPlan, ask, known_plan
 from .transport import Sent, ShardedCall
-
-# Pulled keys and values of one stride of KV heads, at most (where one head may need more, one head it is). A long row
-# goes head by head, so that the next head's rows travel while this one is computed.
-STRIDE_BYTES = 64 << 20
+from .volume import STRIDE_BYTES
 
 
 @dataclass(frozen=True)

@@ -50,18 +50,15 @@ from .query_plan import (
     start_count,
 )
 from .transport import Sent, ShardedCall
+from .volume import QUERY_STRIDE_BYTES
 from .wire import Pending
-
-# Expected bytes of the messages of one stride of routing heads: large enough that a message is worth its latency and
-# small layers go in one, small beside what a long row's activations take (where one head is larger, one head it is).
-STRIDE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class RouteQueries:
     """See the module. `stride_bytes` bounds the expected messages of one stride of routing heads."""
 
-    stride_bytes: int = STRIDE_BYTES
+    stride_bytes: int = QUERY_STRIDE_BYTES
     name: str = "route_queries"
 
     def forward(self, q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: ShardedCall, tally: PairTally) -> Sent:

@@ -26,8 +26,9 @@ from .cut import Cut, Layout, cut_row, num_pieces
 from .parts import FloatArray, Parts, parts_of, pulled_tokens, sent_queries
 from .rules import inner_ranks
 
-# STRIDE_BYTES of all_gather and pull (keys and values of one stride of KV heads) and of route_queries (messages of one
-# stride of routing heads): they decide how many messages there are.
+# Keys and values of one stride of KV heads, gathered or pulled; the expected messages of one stride of routing heads
+# under route_queries. Large enough that small rows go in one message that is worth its latency, small enough that a
+# long row's buffers stay a fraction of its activations (where one head is larger than this, one head it is).
 STRIDE_BYTES = 64 << 20
 QUERY_STRIDE_BYTES = 256 << 20
 # Largest number of chunks whose ids the routing keeps in two bytes (`moba_kernels.Routing`).
