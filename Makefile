@@ -35,7 +35,8 @@ setup: $(READY) ## Make .venv and install the project into it
 
 .PHONY: test
 test: $(READY) ## Run the test suite (CPU, many-rank tests included)
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity"
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity" --ignore tests/kernels/test_speed.py -n 3 --dist loadfile
+	@$(BIN)/python -m pytest tests/kernels/test_speed.py
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton -n 2
 
 .PHONY: test-slow
