@@ -7,6 +7,7 @@ document has no chunk, and no chunk crosses a document.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -143,6 +144,7 @@ class Pack:
         self._chunks: dict[int, ChunkGeometry] = {}
         self._segments: dict[tuple[AttentionSpec, bool], Segments] = {}
         self._derived: dict[Hashable, Any] = {}
+        self._building = RLock()
 
     @property
     def num_tokens(self) -> int:
@@ -174,7 +176,9 @@ class Pack:
         """What follows from the documents and `key` alone (a cut over ranks, its device copies): built once, kept on
         this object, left behind when it is pickled."""
         if key not in self._derived:
-            self._derived[key] = build()
+            with self._building:  # ranks that are threads share a Pack: one builds, the others wait for it
+                if key not in self._derived:
+                    self._derived[key] = build()
         kept: T = self._derived[key]
         return kept
 
@@ -194,7 +198,12 @@ class Pack:
         return hash(self.cu_seqlens)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_building"}
+        return {**kept, "_derived": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._building = RLock()
 
     def __repr__(self) -> str:
         return f"Pack(num_tokens={self.num_tokens}, num_documents={self.num_documents})"

@@ -62,7 +62,7 @@ def _print_report(report: PrepReport, options: PrepOptions) -> None:
     if read.bad:
         console.print(f"left out {read.bad:,} broken records, the first: {read.first_bad}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("written")
+    table.add_column("written", overflow="fold")  # a path is to be read whole
     table.add_column("documents", justify="right")
     table.add_column("tokens", justify="right")
     for name, documents in report.documents.items():

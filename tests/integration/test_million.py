@@ -41,9 +41,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, A
     """What training said, its metrics, and the folder that it ran in."""
     folder = tmp_path_factory.mktemp("million")
     moba_train = [sys.executable, "-m", "moba_train"]
-    out = str(folder / "data" / "million")
     prepared = command(
-        [*moba_train, "prep", "stdlib", "--out", out, "--vocab-size", "1024", "--max-mib", "1", "--join"], folder
+        [*moba_train, "prep", "stdlib", "--out", "data/million", "--vocab-size", "1024", "--max-mib", "1", "--join"],
+        folder,
     )
     assert re.search(r"million/train +1 ", prepared), prepared
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
