@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -76,11 +77,11 @@ class ThreadGroup:
         """received := the rows that each rank sends here, in rank order."""
 
         def take(slots: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
-            parts = [x.narrow(0, sum(rows[: self.own_rank]), rows[self.own_rank]) for x, rows in slots]
+            parts = [x[edges[self.own_rank] : edges[self.own_rank + 1]] for x, edges in slots]
             assert [part.shape[0] for part in parts] == list(received_rows), "ranks disagree on what is sent"
             torch.cat(parts, out=received)
 
-        self._meet((sent, sent_rows), take)
+        self._meet((sent, list(accumulate(sent_rows, initial=0))), take)
 
 
 def run_threads(fn: Callable[[ThreadGroup], R], num_ranks: int) -> list[R]:
