@@ -52,16 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _end_at_once(EXIT_RANKS)
     except KeyboardInterrupt:
         print("moba-train: interrupted", file=sys.stderr)
+        if _is_one_of_many():
+            _end_at_once(EXIT_FAILED)
         return EXIT_FAILED
     except BrokenPipeError:
         # The reader of our output has gone (`moba-train plan ... | head`): nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if not _is_one_of_many():
             raise
         traceback.print_exc()
         _end_at_once(EXIT_FAILED)
+
+
+def _is_one_of_many() -> bool:
+    """Is this process one rank of several, as a launcher says it?"""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _end_at_once(code: int) -> NoReturn:

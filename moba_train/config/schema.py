@@ -132,7 +132,8 @@ class EngineConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data- and context-parallel ranks."""
     timeout_s: float = 600.0
-    """A collective that takes longer ends the job."""
+    """All ranks have ended within this time after the first began to wait for one that does not come. Longer than any
+    opening of data or saving, and on CUDA than a whole step."""
 
 
 @dataclass(frozen=True)

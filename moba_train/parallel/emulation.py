@@ -77,9 +77,12 @@ class ThreadGroup:
         """received := the rows that each rank sends here, in rank order."""
 
         def take(slots: Sequence[tuple[Tensor, Sequence[int]]]) -> None:
-            parts = [x[edges[self.own_rank] : edges[self.own_rank + 1]] for x, edges in slots]
-            assert [part.shape[0] for part in parts] == list(received_rows), "ranks disagree on what is sent"
-            torch.cat(parts, out=received)
+            bounds = [edges[self.own_rank : self.own_rank + 2] for _, edges in slots]
+            assert [stop - start for start, stop in bounds] == list(received_rows), "ranks disagree on what is sent"
+            # Most ranks of many send nothing here, and a view of nothing costs as much as any other.
+            parts = [x[start:stop] for (x, _), (start, stop) in zip(slots, bounds, strict=True) if stop > start]
+            if parts:
+                torch.cat(parts, out=received)
 
         self._meet((sent, list(accumulate(sent_rows, initial=0))), take)
 

@@ -87,7 +87,7 @@ class Wire:
     @property
     def rank(self) -> int:
         """This rank's index among those that the wire joins."""
-        return self.ranks.index(self.group.rank())
+        return self.members.index(self.group.rank()) if self.members else self.group.rank()
 
     def among(self, ranks: Sequence[int]) -> Wire:
         """The same wire between some ranks of the group only; this rank is one of them."""
@@ -139,7 +139,7 @@ class Wire:
         Returns a Pending of [sum(received_rows), ...], in rank order.
         """
         sent = sent.contiguous()
-        of_row = _bytes(sent) // sent.shape[0] if sent.shape[0] else _bytes(sent.new_empty(sent.shape[1:]))
+        of_row = sent.shape[1:].numel() * sent.element_size()
         self.traffic.add(
             phase,
             sent=(sum(sent_rows) - sent_rows[self.rank]) * of_row,

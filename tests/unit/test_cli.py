@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -71,6 +72,23 @@ def test_an_interrupt_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(cli, "_run", interrupted)
     assert cli.main(["plan", SMOKE]) == 1
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_one_rank_of_several_ends_at_once_because_the_others_may_not_answer(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise error
+
+    def ended(code: int) -> NoReturn:
+        raise SystemExit(f"at once with {code}")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    monkeypatch.setattr(cli.os, "_exit", ended)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="at once with 1"):
+        cli.main(["plan", SMOKE])
 
 
 def test_another_rank_waits_before_it_repeats_an_error(
