@@ -1,8 +1,8 @@
 """What a user can mend, as typed errors.
 
 Every error says what is wrong, where, what was found, what is allowed and how to fix it. The command line prints the
-message alone and exits with code 2. Ranks that lost each other (`ExchangeError`) exit with code 3. Anything else is our
-bug and exits with code 1.
+message alone and exits with code 2. Ranks that lost each other (`ExchangeError`) exit with code 3. A run whose next
+stage wants another mesh exits with code 4. Anything else is our bug and exits with code 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 EXIT_RANKS = 3
 """Exit code of a process that lost the other ranks."""
+EXIT_MESH = 4
+"""Exit code of a run that has saved and is to be started again, since its next stage wants another mesh."""
 
 
 class UserError(Exception):

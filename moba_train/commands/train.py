@@ -25,6 +25,7 @@ from moba_train.train.record import Meter
 from moba_train.train.resume import begin
 from moba_train.train.schedule import Schedule, build_schedule
 from moba_train.train.signals import StopSignals
+from moba_train.train.stopping import Stopping
 from moba_train.train.summary import RunSummary
 
 
@@ -60,6 +61,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                 engine,
                 schedule=schedule,
                 start=start.progress,
+                until_step=schedule.total_steps,
                 run=config.run,
                 checkpoint=config.checkpoint,
                 stage_data=_StageRows(config, tokenizer, run_dir / "cache", log),
@@ -68,7 +70,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                 meter=_meter(config, topology),
                 sinks=sinks,
                 log=log,
-                signals=signals,
+                stopping=Stopping(signals),
             )
         finally:
             for sink in sinks:

@@ -116,8 +116,11 @@ class ParallelConfig:
 class EngineConfig:
     """How a step is executed."""
 
-    kind: Literal["megatron"] = "megatron"
-    """megatron = Megatron-core DDP with the distributed optimizer."""
+    kind: Literal["megatron", "deepspeed"] = "megatron"
+    """megatron = Megatron-core DDP with the distributed optimizer; deepspeed = the same model under ZeRO, which takes
+    tp = pp = 1."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """deepspeed only: shard optimizer state (1), gradients too (2), weights too (3)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -199,8 +202,22 @@ class FullLayers:
 
 
 @dataclass(frozen=True)
+class StageMesh:
+    """The device mesh of one stage, where it is not that of [parallel]."""
+
+    tp: int | Literal["inherit"] = "inherit"
+    """Tensor-parallel ranks."""
+    cp: int | Literal["inherit"] = "inherit"
+    """Context-parallel ranks."""
+    pp: int | Literal["inherit"] = "inherit"
+    """Pipeline-parallel ranks."""
+    dp: int | Literal["auto", "inherit"] = "inherit"
+    """Data-parallel ranks; auto = whatever is left of the world size."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
-    """One stage of the schedule. Stages follow one another without a restart."""
+    """One stage of the schedule. Stages follow one another without a restart, unless the mesh changes."""
 
     name: str = "stage"
     """Shown in the log, the metrics and the report; unique."""
@@ -226,6 +243,9 @@ class StageConfig:
     """Position embedding of this stage."""
     lr: float | Literal["inherit"] = "inherit"
     """Peak learning rate of this stage; inherit = optimizer.lr."""
+    mesh: StageMesh = field(default_factory=StageMesh)
+    """Degrees of the mesh in this stage. Where they change, the run saves and ends with exit code 4, and the launcher
+    starts it again."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +284,10 @@ class CheckpointConfig:
     """0 = only at the end of each stage."""
     keep_last: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for ever; 0 = none."""
+    asynchronous: bool = True
+    """Training goes on while files are written; the next save waits for the one before."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +304,21 @@ class RunSection:
     """Consecutive steps with a NaN or infinite loss after which the run saves and stops."""
     stop_after_steps: int = 0
     """Save and stop cleanly after this many steps of this process; 0 = never (tests and the demo use it)."""
+    stop_after: str = "never"
+    """Save and stop cleanly so that the process has ended after this time ("3h50m", "90s"). Slurm's own limit counts
+    too, where SLURM_JOB_END_TIME tells it."""
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """How long a part of the run may take before the watchdog ends it, with the stack of every rank; 0 = no limit."""
+
+    start_s: float = 1800.0
+    """From the start of the process to the first step: reading the checkpoint, building data indices."""
+    step_s: float = 3600.0
+    """One step, and one evaluation."""
+    save_s: float = 1800.0
+    """One checkpoint, from its begin to its publication."""
 
 
 @dataclass(frozen=True)
@@ -296,3 +335,4 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     niah: NiahConfig = field(default_factory=NiahConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from moba_train.config.job_rules import job_errors
+from moba_train.config.rules import at_least, divides, positive
 from moba_train.config.schema import (
     ModelConfig,
     NiahConfig,
@@ -31,7 +33,7 @@ def validate(config: RunConfig) -> None:
 def find_errors(config: RunConfig) -> Iterator[ConfigError]:
     """Every broken rule, in the order of the file."""
     yield from _finite(config, "")
-    yield from _run(config)
+    yield from job_errors(config)
     yield from _model(config.model)
     yield from _parallel(config)
     yield from _optimizer(config.optimizer, total_tokens=sum(stage.tokens for stage in config.stages))
@@ -101,52 +103,6 @@ def _finite(tree: Any, path: str) -> Iterator[ConfigError]:
         )
 
 
-def _at_least(value: float, low: float, where: str, fix: str = "") -> Iterator[ConfigError]:
-    if value < low:
-        parent, _, name = where.rpartition(".")
-        if name.isdecimal():
-            name = f"every number in {parent.rpartition('.')[-1]}"
-        what = f"{name} must be at least {low}"
-        yield ConfigError(what, where=where, got=value, allowed=f">= {low}", fix=fix or f"raise {where}")
-
-
-def _positive(value: float, where: str, fix: str = "write a number above zero") -> Iterator[ConfigError]:
-    if not value > 0:
-        name = where.rpartition(".")[-1]
-        yield ConfigError(f"{name} must be positive", where=where, got=value, allowed="> 0", fix=fix)
-
-
-def _divides(value: int, divisor: int, where: str, by: str, fix: str) -> Iterator[ConfigError]:
-    if value >= 1 and divisor >= 1 and value % divisor:
-        name = where.rsplit(".", 1)[-1]
-        yield ConfigError(
-            f"{name} must be a multiple of {by}",
-            where=where,
-            got=value,
-            allowed=f"multiples of {divisor} ({by})",
-            fix=fix,
-        )
-
-
-def _run(config: RunConfig) -> Iterator[ConfigError]:
-    run = config.run
-    if not run.dir.strip():
-        allowed = "the path of a folder"
-        yield ConfigError(
-            "the run folder has no name", where="run.dir", got='""', allowed=allowed, fix="--run-dir PATH"
-        )
-    yield from _at_least(run.seed, 0, "run.seed")
-    yield from _at_least(run.log_every, 1, "run.log_every")
-    yield from _at_least(run.max_bad_steps, 1, "run.max_bad_steps")
-    yield from _at_least(run.stop_after_steps, 0, "run.stop_after_steps")
-    yield from _at_least(config.checkpoint.every_steps, 0, "checkpoint.every_steps")
-    yield from _at_least(config.checkpoint.keep_last, 1, "checkpoint.keep_last")
-    yield from _positive(config.engine.timeout_s, "engine.timeout_s", "give seconds")
-    if config.engine.offload == "host" and config.engine.recompute != "full":
-        what, fix = "only full recompute has checkpoints that can be offloaded", 'set engine.recompute = "full"'
-        yield ConfigError(what, where="engine.offload", got='"host"', allowed='"none"', fix=fix)
-
-
 def _model(model: ModelConfig) -> Iterator[ConfigError]:
     for name in (
         "num_layers",
@@ -157,12 +113,12 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
         "head_dim",
         "vocab_size",
     ):
-        yield from _at_least(getattr(model, name), 1, f"model.{name}")
+        yield from at_least(getattr(model, name), 1, f"model.{name}")
     fix = "each key/value head serves the same number of query heads"
-    yield from _divides(model.num_heads, model.num_kv_heads, "model.num_heads", "model.num_kv_heads", fix)
-    yield from _divides(model.head_dim, 2, "model.head_dim", "2", "RoPE rotates pairs of dimensions")
-    yield from _positive(model.norm_eps, "model.norm_eps")
-    yield from _positive(model.init_std, "model.init_std")
+    yield from divides(model.num_heads, model.num_kv_heads, "model.num_heads", "model.num_kv_heads", fix)
+    yield from divides(model.head_dim, 2, "model.head_dim", "2", "RoPE rotates pairs of dimensions")
+    yield from positive(model.norm_eps, "model.norm_eps")
+    yield from positive(model.init_std, "model.init_std")
 
 
 def _parallel(config: RunConfig) -> Iterator[ConfigError]:
@@ -172,9 +128,9 @@ def _parallel(config: RunConfig) -> Iterator[ConfigError]:
         yield from _rows_per_step(config.stages, parallel.dp)
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
         fix = f"change {name} or lower parallel.tp"
-        yield from _divides(getattr(model, name), parallel.tp, f"model.{name}", "parallel.tp", fix)
+        yield from divides(getattr(model, name), parallel.tp, f"model.{name}", "parallel.tp", fix)
     fix = "change num_layers or parallel.pp"
-    yield from _divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
+    yield from divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
     yield from transport_errors(model, parallel)
 
 
@@ -183,7 +139,7 @@ def _degrees(parallel: ParallelConfig) -> Iterator[ConfigError]:
         degree = getattr(parallel, name)
         if degree != "auto":
             fix = "use 1 for a dimension that is not parallel"
-            yield from _at_least(degree, 1, f"parallel.{name}", fix)
+            yield from at_least(degree, 1, f"parallel.{name}", fix)
 
 
 def _rows_per_step(stages: Sequence[StageConfig], dp: int) -> Iterator[ConfigError]:
@@ -201,16 +157,16 @@ def _rows_per_step(stages: Sequence[StageConfig], dp: int) -> Iterator[ConfigErr
 
 
 def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[ConfigError]:
-    yield from _positive(optimizer.lr, "optimizer.lr")
+    yield from positive(optimizer.lr, "optimizer.lr")
     ranges = (("beta1", "0 <= beta1 < 1"), ("beta2", "0 <= beta2 < 1"), ("min_lr_ratio", "0 to 1"))
     for name, allowed in ranges:
         value = getattr(optimizer, name)
         if not 0 <= value <= 1 or (name != "min_lr_ratio" and value == 1):
             where, fix = f"optimizer.{name}", "write a number in this range"
             yield ConfigError(f"{name} is out of range", where=where, got=value, allowed=allowed, fix=fix)
-    yield from _positive(optimizer.eps, "optimizer.eps")
+    yield from positive(optimizer.eps, "optimizer.eps")
     for name in ("weight_decay", "clip_grad", "warmup_tokens", "decay_tokens"):
-        yield from _at_least(getattr(optimizer, name), 0, f"optimizer.{name}")
+        yield from at_least(getattr(optimizer, name), 0, f"optimizer.{name}")
     if optimizer.warmup_tokens + optimizer.decay_tokens > total_tokens > 0:
         yield ConfigError(
             "warm-up and decay are longer than the run",
@@ -254,7 +210,7 @@ def _data(config: RunConfig) -> Iterator[ConfigError]:
             fix = f'write "{source.path[:-4]}"'
             what, got = "a source is named without its ending", source.path
             yield ConfigError(what, where=f"{where}.path", got=got, allowed=pair, fix=fix)
-        yield from _at_least(source.min_doc_tokens, 0, f"{where}.min_doc_tokens")
+        yield from at_least(source.min_doc_tokens, 0, f"{where}.min_doc_tokens")
 
 
 def _stages(config: RunConfig) -> Iterator[ConfigError]:
@@ -279,11 +235,11 @@ def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[Config
     if not stage.name.strip():
         yield ConfigError("the stage has no name", where=f"{where}.name", got='""', allowed="text", fix="name it")
     for name in ("tokens", "tokens_per_step", "seq_len", "chunk_size", "topk"):
-        yield from _at_least(getattr(stage, name), 1, f"{where}.{name}")
+        yield from at_least(getattr(stage, name), 1, f"{where}.{name}")
     fix = "a stage consists of whole steps"
-    yield from _divides(stage.tokens, stage.tokens_per_step, f"{where}.tokens", "tokens_per_step", fix)
+    yield from divides(stage.tokens, stage.tokens_per_step, f"{where}.tokens", "tokens_per_step", fix)
     fix = "a step consists of whole rows"
-    yield from _divides(stage.tokens_per_step, stage.seq_len, f"{where}.tokens_per_step", "seq_len", fix)
+    yield from divides(stage.tokens_per_step, stage.seq_len, f"{where}.tokens_per_step", "seq_len", fix)
     if stage.attention == "moba" and stage.chunk_size > stage.seq_len >= 1:
         yield ConfigError(
             "chunk_size must not exceed seq_len",
@@ -293,10 +249,10 @@ def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[Config
             fix='choose smaller chunks, or attention = "full"',
         )
     if stage.lr != "inherit":
-        yield from _positive(stage.lr, f"{where}.lr", 'write a number above zero, or "inherit"')
+        yield from positive(stage.lr, f"{where}.lr", 'write a number above zero, or "inherit"')
     layers = stage.full_layers
     for name in ("first", "last", "every"):
-        yield from _at_least(getattr(layers, name), 0, f"{where}.full_layers.{name}")
+        yield from at_least(getattr(layers, name), 0, f"{where}.full_layers.{name}")
     if layers.first + layers.last > config.model.num_layers:
         yield ConfigError(
             "full_layers names more layers than the model has",
@@ -345,7 +301,7 @@ def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:
             allowed='1.0 with scaling "none", >= 1 with linear, llama3 and yarn',
             fix="set scaling, or remove factor",
         )
-    yield from _at_least(rope.original_seq_len, 1, f"{where}.original_seq_len")
+    yield from at_least(rope.original_seq_len, 1, f"{where}.original_seq_len")
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
         if not 0 < getattr(rope, low) < getattr(rope, high):
             yield ConfigError(
@@ -358,9 +314,9 @@ def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[ConfigError]:
-    yield from _at_least(config.eval.every_steps, 0, "eval.every_steps")
-    yield from _at_least(config.eval.rows, 0, "eval.rows")
-    yield from _at_least(config.eval.buckets, 1, "eval.buckets")
+    yield from at_least(config.eval.every_steps, 0, "eval.every_steps")
+    yield from at_least(config.eval.rows, 0, "eval.rows")
+    yield from at_least(config.eval.buckets, 1, "eval.buckets")
     shortest = min((stage.seq_len for stage in config.stages), default=0)
     if config.eval.buckets > shortest >= 1:
         yield ConfigError(
@@ -379,12 +335,12 @@ def _niah(niah: NiahConfig) -> Iterator[ConfigError]:
         )
     for i, length in enumerate(niah.lengths):
         fix = "needle, question and answer need that much room"
-        yield from _at_least(length, _SHORTEST_NIAH, f"niah.lengths.{i}", fix)
+        yield from at_least(length, _SHORTEST_NIAH, f"niah.lengths.{i}", fix)
         if length in niah.lengths[:i]:
             yield ConfigError(
                 "a length stands twice", where=f"niah.lengths.{i}", got=length, allowed="once", fix="remove one"
             )
-    yield from _at_least(niah.depths, 1, "niah.depths")
-    yield from _at_least(niah.samples, 1, "niah.samples")
-    yield from _at_least(niah.every_steps, 0, "niah.every_steps")
-    yield from _at_least(niah.loop_samples, 0, "niah.loop_samples")
+    yield from at_least(niah.depths, 1, "niah.depths")
+    yield from at_least(niah.samples, 1, "niah.samples")
+    yield from at_least(niah.every_steps, 0, "niah.every_steps")
+    yield from at_least(niah.loop_samples, 0, "niah.loop_samples")

@@ -92,6 +92,15 @@ class CheckpointStore:
     config_toml: str
     stages: tuple[StageConfig, ...]
     keep_last: int
+    save_time_s: float = 0.0
+    has_failed: bool = False
+
+    def finish(self) -> None:
+        """Nothing is left to wait for."""
+
+    def news(self) -> list[str]:
+        """Lines for the log since the last call."""
+        return []
 
     def save(self, engine: Engine, progress: Progress, *, stage_end: bool) -> Path:
         """Write and publish a checkpoint; collective over all ranks.

@@ -16,6 +16,19 @@ from moba_train.train.flops import PairCounts, row_pairs, step_flops
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What a rank, or any rank, wishes after a step.
+
+    Attributes:
+        stop: to stop, for a signal or a deadline.
+        save_failed: to end, since a checkpoint could not be written.
+    """
+
+    stop: bool = False
+    save_failed: bool = False
+
+
+@dataclass(frozen=True)
 class Meter:
     """What it takes to turn a step's time and rows into throughput, FLOPs and density.
 
@@ -35,19 +48,20 @@ class Meter:
     device: torch.device
     peak_tflops: float | None
 
-    def agree(self, stop_wish: bool, stage: StageConfig, rows: Sequence[Row]) -> tuple[bool, PairCounts]:
-        """One collective: does any rank wish to stop, and the step's attention work.
+    def agree(self, wishes: Wishes, stage: StageConfig, rows: Sequence[Row]) -> tuple[Wishes, PairCounts]:
+        """One collective: what any rank wishes, and the step's attention work.
 
         Args:
-            stop_wish: this rank received a signal.
+            wishes: this rank's.
             rows: this data-parallel rank's rows of the step.
         """
         mine = PairCounts()
         for row in rows:
             mine = mine + row_pairs(self.model, stage, row.cu_seqlens)
-        values = [float(stop_wish), mine.attended, mine.causal, mine.gate, mine.gate_group]
-        wish, *pairs = ranks.sum_over_ranks(values, self.device)
-        return wish > 0, PairCounts(*(value / self.replicas for value in pairs))
+        own = [float(wishes.stop), float(wishes.save_failed)]
+        values = [*own, mine.attended, mine.causal, mine.gate, mine.gate_group]
+        stop, save_failed, *pairs = ranks.sum_over_ranks(values, self.device)
+        return Wishes(stop > 0, save_failed > 0), PairCounts(*(value / self.replicas for value in pairs))
 
     def performance(self, *, step_time_s: float, num_tokens: int, pairs: PairCounts) -> dict[str, float]:
         """The `perf/*` numbers and `train/density` of a step; TFLOP/s are per rank."""

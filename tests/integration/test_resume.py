@@ -36,6 +36,7 @@ from moba_train.train.record import Meter
 from moba_train.train.resume import begin
 from moba_train.train.schedule import build_schedule
 from moba_train.train.signals import StopSignals
+from moba_train.train.stopping import Stopping
 from tests.distributed import run_ranks
 
 MODEL = ModelConfig(
@@ -106,6 +107,7 @@ def train_part(rank: int, n: int, part: Part) -> dict[str, str]:
         engine,
         schedule=schedule,
         start=start.progress,
+        until_step=schedule.total_steps,
         run=RunSection(log_every=2, stop_after_steps=part.stop_after_steps),
         checkpoint=CheckpointConfig(every_steps=0),
         stage_data=Copying,
@@ -114,7 +116,7 @@ def train_part(rank: int, n: int, part: Part) -> dict[str, str]:
         meter=Meter(part.model, False, n, n, engine.topology.device, None),
         sinks=sinks,
         log=SilentLog(),
-        signals=StopSignals(),
+        stopping=Stopping(StopSignals()),
     )
     state = digests(engine.sharded_state_dict(is_loading=False))
     close_topology(keep_process_group=True)

@@ -26,6 +26,7 @@ from moba_train.train.record import Meter
 from moba_train.train.resume import begin
 from moba_train.train.schedule import build_schedule
 from moba_train.train.signals import StopSignals
+from moba_train.train.stopping import Stopping
 from tests.distributed import run_ranks
 from tests.integration.test_resume import MODEL, OPTIMIZER, SEED, STAGES, Copying
 
@@ -75,6 +76,7 @@ def data_parallel_part(
                 engine,
                 schedule=schedule,
                 start=start.progress,
+                until_step=schedule.total_steps,
                 run=RunSection(log_every=1, max_bad_steps=2),
                 checkpoint=CheckpointConfig(every_steps=0),
                 stage_data=lambda index: rows.setdefault(index, Asked(index)),
@@ -83,7 +85,7 @@ def data_parallel_part(
                 meter=Meter(MODEL, False, n, 1, engine.topology.device, None),
                 sinks=sinks,
                 log=SilentLog(),
-                signals=signals,
+                stopping=Stopping(signals),
             )
         except TrainingDiverged as error:
             diverged = error.message()

@@ -10,8 +10,8 @@ import pytest
 from moba_train.engine.base import StepResult
 from moba_train.parallel.topology import Topology
 from moba_train.train.console import format_step
-from moba_train.train.loop import TYPICAL_ROWS, typical_documents
 from moba_train.train.record import step_record
+from moba_train.train.step import TYPICAL_ROWS, typical_documents
 from tests.unit.train.test_metrics import a_record
 from tests.unit.train.toy import STAGES, ToyEngine, ToyRows, ToyRun
 

@@ -27,6 +27,7 @@ from moba_train.train.record import Meter
 from moba_train.train.resume import begin
 from moba_train.train.schedule import build_schedule
 from moba_train.train.signals import StopSignals
+from moba_train.train.stopping import Stopping
 
 SEQ_LEN = 8
 MODEL = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=4)
@@ -159,6 +160,7 @@ class ToyRun:
                 self.engine,
                 schedule=schedule,
                 start=start.progress,
+                until_step=schedule.total_steps,
                 run=RunSection(log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps),
                 checkpoint=CheckpointConfig(every_steps=self.every_steps, keep_last=self.keep_last),
                 stage_data=lambda index: self.data.setdefault(index, ToyRows(index, self.poisoned)),
@@ -167,7 +169,7 @@ class ToyRun:
                 meter=Meter(MODEL, False, 1, 1, torch.device("cpu"), None),
                 sinks=(sink,),
                 log=self.log,
-                signals=self.signals,
+                stopping=Stopping(self.signals),
             )
         finally:
             sink.close()
