@@ -1,8 +1,9 @@
-"""The command line: `moba-train prep | train | eval niah | plan | report`.
+"""The command line: `moba-train prep | preflight | train | eval niah | plan | report | data show | convert |
+slurm submit`.
 
 Exit codes: 0 done (a planned stop included), 2 a mistake that the user can mend (one message, no traceback unless
---debug), 3 ranks lost each other (one died, stalled or disagreed), 1 anything else. Every sub-command imports what it
-needs when it runs: `plan` answers without torch.
+--debug), 3 ranks lost each other (one died, stalled or disagreed), 4 the next stage runs on another mesh (start
+again), 1 anything else. Every sub-command imports what it needs when it runs: `plan` answers without torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moba_train import __version__
+from moba_train import __version__, last_words
+from moba_train.commands.parsers import OVERRIDES, add_checkpoint, add_convert, add_data, add_preflight, add_slurm
 from moba_train.errors import EXIT_RANKS, ConfigError, ExchangeError, UserError
 
 EXIT_DONE = 0
@@ -26,11 +28,6 @@ EXIT_USER = 2
 # When rank 0 fails too, the launcher ends the other ranks well within this time; a rank that outlives it has an error
 # of its own, and says so.
 _OTHER_RANK_WAIT_S = 10.0
-
-_OVERRIDES = (
-    "Every key of the configuration can be overridden: --section.key VALUE, for instance --parallel.cp 2 or "
-    "--stages.0.tokens 4096; --run-dir PATH is short for --run.dir PATH. --help-config lists all of them."
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args, overrides)
     except UserError as error:
+        last_words.leave(error.message(), code=EXIT_USER)
         _report(error, debug=args.debug)
         return EXIT_USER
     except ExchangeError as error:
+        last_words.leave(str(error), code=EXIT_RANKS)
         if args.debug:
             traceback.print_exception(error)
         print(f"moba-train (rank {os.environ.get('RANK', '0')}): error: {error}", file=sys.stderr)
@@ -59,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`moba-train plan ... | head`): nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception:
+    except Exception as error:
+        last_words.leave(f"{type(error).__name__}: {error}", code=EXIT_FAILED)
         if not _is_one_of_many():
             raise
         traceback.print_exc()
@@ -91,10 +91,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prep(commands, common)
+    add_preflight(commands, common)
     _add_train(commands, common)
     _add_eval(commands, common)
     _add_plan(commands, common)
     _add_report(commands, common)
+    add_checkpoint(commands, common)
+    add_convert(commands, common)
+    add_data(commands, common)
+    add_slurm(commands, common)
     return parser
 
 
@@ -133,7 +138,7 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
-    train = commands.add_parser("train", parents=[common], allow_abbrev=False, help="train", epilog=_OVERRIDES)
+    train = commands.add_parser("train", parents=[common], allow_abbrev=False, help="train", epilog=OVERRIDES)
     train.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
     train.add_argument(
         "--resume",
@@ -152,7 +157,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
     )
     niah = evaluations.add_parser(
         "niah", parents=[common], allow_abbrev=False, help="needle in a haystack: a grid of lengths and depths",
-        epilog=_OVERRIDES,
+        epilog=OVERRIDES,
     )  # fmt: skip
     niah.add_argument(
         "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder (newest checkpoint) or checkpoint"
@@ -173,7 +178,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     plan = commands.add_parser(
-        "plan", parents=[common], allow_abbrev=False, help="show what a configuration will do", epilog=_OVERRIDES
+        "plan", parents=[common], allow_abbrev=False, help="show what a configuration will do", epilog=OVERRIDES
     )
     plan.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
     plan.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
@@ -204,15 +209,25 @@ def parse_resume(text: str) -> str:
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> int:
-    if args.command in ("prep", "report") and overrides:
+    if args.command in ("prep", "report", "data", "convert", "checkpoint") and overrides:
         fix = f"moba-train {args.command} --help lists the options"
         raise ConfigError("unknown option", where="command line", got=" ".join(overrides), fix=fix)
     if args.command == "prep":
         return _prep(args)
+    if args.command == "convert":
+        return _convert(args)
+    if args.command == "checkpoint":
+        return _checkpoint(args)
     if args.command == "report":
         return _report_run(args)
+    if args.command == "data":
+        from moba_train.commands.data_show import run_data_show
+
+        return run_data_show(args.run, step=args.step, row=args.row, num_shown=args.tokens)
     if args.command == "eval":
         return _niah(args, overrides)
+    if args.command == "slurm":
+        return _submit(args, overrides)
     from moba_train.config.load import load_config
 
     if args.help_config:
@@ -223,12 +238,17 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
 
         print(render_plan(build_plan(config), config), end="")
         return EXIT_DONE
-    from moba_train.config.validate import check_world_size
+    if args.command == "preflight":
+        from moba_train.commands.preflight import run_preflight_command
 
-    check_world_size(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))  # before anything slow is imported
-    from moba_train.commands.inputs import check_training_inputs
+        return run_preflight_command(config)
+    from moba_train.config.validate import check_ranks_of_job
 
-    check_training_inputs(config)
+    check_ranks_of_job(config, int(os.environ.get("WORLD_SIZE", "1")))  # before anything slow is imported
+    if not _is_one_of_many():  # ranks tell in one table, once they have met
+        from moba_train.commands.inputs import check_training_inputs
+
+        check_training_inputs(config)
     from moba_train.commands.train import run_train
 
     return run_train(config, resume=args.resume)
@@ -252,10 +272,58 @@ def _prep(args: argparse.Namespace) -> int:
     )
 
 
+def _checkpoint(args: argparse.Namespace) -> int:
+    from moba_train.commands.checkpoint import run_ls, run_prune, run_verify
+
+    if args.action == "ls":
+        return run_ls(args.run)
+    if args.action == "verify":
+        return run_verify(args.run, step=args.step, every=args.all)
+    return run_prune(
+        args.run,
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        stage_ends=args.stage_ends,
+        abandoned=args.abandoned,
+        dry_run=args.dry_run,
+    )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from moba_train.commands.convert import run_from_hf, run_to_hf
+
+    if args.action == "from-hf":
+        return run_from_hf(args.source, args.out)
+    return run_to_hf(
+        args.checkpoint, args.out, tokenizer=args.tokenizer, drop=args.drop, max_file_gib=args.max_file_gib
+    )
+
+
 def _report_run(args: argparse.Namespace) -> int:
     from moba_train.commands.report import run_report
 
     return run_report(args.run, out=args.out)
+
+
+def _submit(args: argparse.Namespace, overrides: list[str]) -> int:
+    from moba_train.commands.slurm import SlurmJob, run_submit
+
+    job = SlurmJob(
+        name=args.job_name or args.config.stem,
+        partition=args.partition,
+        account=args.account,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        ranks_per_node=args.ranks_per_node or args.gpus_per_node,
+        cpus_per_node=args.cpus_per_node,
+        time=args.time,
+        lead_s=args.lead,
+        sbatch_options=tuple(args.sbatch),
+        config=str(args.config),
+        resume=args.resume,
+        options=tuple(word for word in overrides if word != "--"),
+    )
+    return run_submit(job, dry_run=args.dry_run)
 
 
 def _niah(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_RANKS = 3
-"""Exit code of a process that lost the other ranks."""
+"""Exit code of a process that lost the other ranks, or that the watchdog ended."""
 EXIT_MESH = 4
 """Exit code of a run that has saved and is to be started again, since its next stage wants another mesh."""
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from moba_kernels.spec import AttentionSpec, MoBA
+from moba_train.config.engine_rules import describe_engine
+from moba_train.config.mesh import describe_mesh, parallel_of_stage
 from moba_train.config.schema import RunConfig, StageConfig
 from moba_train.model.plan import attention_plan, count_parameters
 from moba_train.model.transport_plan import KindPlan, format_bytes, format_seconds, transport_plan
@@ -30,6 +32,7 @@ class StagePlan:
         attention: compact text, "L0-28 MoBA 4096/12, L29-31 full".
         density: attended pairs / causal pairs over all layers, for rows that are one document.
         transports: of each kind of layer, for rows that are one document; () where a row is not shared by ranks.
+        mesh: its degrees, where they are not those of [parallel].
     """
 
     name: str
@@ -41,6 +44,7 @@ class StagePlan:
     density: float
     mix: str
     transports: tuple[KindPlan, ...] = ()
+    mesh: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,22 @@ def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
         console.print()
         console.print(stages)
         console.print("density: attended / causal pairs, mean over layers, of a row that is one document", markup=False)
-        for line in _transport_lines(plan):
+        for line in (*_mesh_lines(plan), *_transport_lines(plan)):
             console.print(line, markup=False)
         console.print()
         for line in memory_lines(plan.memory, config):
             console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _mesh_lines(plan: Plan) -> list[str]:
+    """Nothing where all stages run on the mesh of [parallel]."""
+    if not any(stage.mesh for stage in plan.stages):
+        return []
+    names = max(len(stage.name) for stage in plan.stages)
+    lines = [f"  {stage.name:<{names}}  {stage.mesh or 'as above'}" for stage in plan.stages]
+    told = "where the mesh changes the run saves and ends with exit code 4; launch/torchrun.sh starts it again"
+    return ["", "mesh of each stage", *lines, told]
 
 
 def _transport_lines(plan: Plan) -> list[str]:
@@ -166,7 +180,8 @@ def _transport_lines(plan: Plan) -> list[str]:
 
 def _stage_plan(config: RunConfig, stage: StageConfig, hardware: Hardware) -> StagePlan:
     specs = attention_plan(config.model, stage)
-    moved = transport_plan(config.model, stage, config.parallel, config.engine, hardware)
+    parallel = parallel_of_stage(config.parallel, stage)
+    moved = transport_plan(config.model, stage, parallel, config.engine, hardware)
     weight = sum(stage.mix.values())
     return StagePlan(
         name=stage.name,
@@ -178,6 +193,7 @@ def _stage_plan(config: RunConfig, stage: StageConfig, hardware: Hardware) -> St
         density=row_density(specs, stage.seq_len),
         mix=", ".join(f"{name} {100 * share / weight:.0f}%" for name, share in stage.mix.items()),
         transports=() if moved is None else moved.kinds,
+        mesh="" if parallel == config.parallel else describe_mesh(parallel),
     )
 
 
@@ -194,14 +210,15 @@ def _head_lines(plan: Plan, config: RunConfig) -> list[str]:
     extras = [
         "tied head" if model.tied_head else "untied head",
         *(["QK-norm"] if model.qk_norm else []),
+        *(["biases on q, k, v"] if model.qkv_bias else []),
         *([f"key conv {model.key_conv}"] if model.key_conv else []),
     ]
     return [
         f"run         {config.run.dir}, seed {config.run.seed}",
         f"model       {model.preset}: {model.num_layers} layers, hidden {model.hidden_size}, ffn "
         f"{model.ffn_hidden_size}, {heads}, vocabulary {model.vocab_size:,}, {', '.join(extras)}",
-        f"parameters  {plan.num_parameters:,}",
-        f"mesh        {plan.mesh}, {engine.kind}, {engine.precision}, recompute {engine.recompute}",
+        f"parameters  {plan.num_parameters:,}" + (f", from {model.init_from}" if model.init_from else ""),
+        f"mesh        {plan.mesh}, {describe_engine(engine)}, {engine.precision}, recompute {engine.recompute}",
         f"schedule    {plan.total_tokens:,} tokens in {plan.total_steps:,} steps, {config.optimizer.schedule}, "
         f"peak lr {config.optimizer.lr:g}",
     ]

@@ -24,13 +24,13 @@ def check_training_inputs(config: RunConfig) -> None:
     Raises:
         UserError: the one mistake (DataError, ConfigError), or all of them together as InputErrors.
     """
+    _raise_all([*training_data_errors(config), *_errors_of("run.dir", partial(_check_folder, Path(config.run.dir)))])
+
+
+def training_data_errors(config: RunConfig) -> list[UserError]:
+    """What is wrong with tokenizer, sources and held-out text."""
     sources = [(f"data.sources.{name}.path", source.path) for name, source in config.data.sources.items()]
-    _raise_all(
-        [
-            *_data_errors(config, [*sources, ("data.valid.path", config.data.valid.path)]),
-            *_errors_of("run.dir", partial(_check_folder, Path(config.run.dir))),
-        ]
-    )
+    return _data_errors(config, [*sources, ("data.valid.path", config.data.valid.path)])
 
 
 def check_evaluation_inputs(config: RunConfig) -> None:
@@ -41,8 +41,9 @@ def check_evaluation_inputs(config: RunConfig) -> None:
 def _data_errors(config: RunConfig, sources: Sequence[tuple[str, str]]) -> list[UserError]:
     errors = _errors_of("data.tokenizer", partial(load_tokenizer, config.data.tokenizer))
     tokenizer = None if errors else load_tokenizer(config.data.tokenizer)
+    vocab_size = config.model.vocab_size - config.model.vocab_padding
     for key, path in sources:
-        for error in _errors_of(key, partial(_check_source, path, tokenizer, config.model.vocab_size)):
+        for error in _errors_of(key, partial(_check_source, path, tokenizer, vocab_size)):
             if error.message() not in [known.message() for known in errors]:  # a small model is told of once
                 errors.append(error)
     return errors

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moba_train.commands.inputs import check_evaluation_inputs
-from moba_train.commands.parts import build_engine, identity_of, joined_ranks, make_folder
+from moba_train.commands.parts import identity_of, joined_ranks, make_folder, trained_engine
 from moba_train.config.load import load_config
 from moba_train.config.schema import RunConfig
 from moba_train.data.indexed import open_indexed
@@ -20,9 +20,10 @@ from moba_train.engine.base import AttentionMode
 from moba_train.eval.niah import NiahResult, run_niah
 from moba_train.eval.table import print_niah_table
 from moba_train.parallel.topology import Topology
-from moba_train.train.checkpoint import FOLDER, list_checkpoints, load_checkpoint
+from moba_train.train.checkpoint import FOLDER, list_checkpoints
 from moba_train.train.manifest import MANIFEST, sha256_of
 from moba_train.train.resume import resolve_checkpoint
+from moba_train.train.signals import interrupting
 
 # Lines that say how far an evaluation is, where there is no terminal to draw a bar on.
 _PROGRESS_LINES = 10
@@ -36,7 +37,7 @@ def run_niah_command(
     Args:
         path: run folder or checkpoint folder.
         overrides: command-line words on top of the configuration that the checkpoint was trained with.
-        out: folder for niah.jsonl and niah.png; None = the run folder.
+        out: folder for niah.jsonl and niah.png; None = the run folder, or that of weights that belong to no run.
 
     Raises:
         UserError: anything that the user can mend, on every rank.
@@ -51,8 +52,14 @@ def run_niah_command(
     if config.parallel != trained_on:
         mesh = f"tp {trained_on.tp}, cp {trained_on.cp}, pp {trained_on.pp}"
         console.print(f"one process, one rank (trained with {mesh}); torchrun spreads it over more", markup=False)
-    with joined_ranks(config) as topology:
-        _evaluate(config, path, topology, attentions, out, console)
+    with joined_ranks(config) as topology, interrupting():
+        try:
+            _evaluate(config, path, topology, attentions, out, console)
+        except KeyboardInterrupt:
+            if topology.rank == 0:
+                kept = "what was scored is kept in niah.jsonl, and the same command goes on from there"
+                console.print(f"broken off; {kept}", markup=False)
+            raise
     return 0
 
 
@@ -68,10 +75,9 @@ def _evaluate(
     begin = resolve_checkpoint(path)
     assert begin.path is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    engine = build_engine(config, topology)
-    progress = load_checkpoint(begin.path, engine, identity_of(config, tokenizer, topology))
+    engine, progress = trained_engine(config, topology, begin.path, identity_of(config, tokenizer, topology))
     engine.set_stage(progress.stage_index)
-    out_dir = out if out is not None else begin.path.parent.parent
+    out_dir = out or (begin.path.parent.parent if begin.path.parent.name == FOLDER else begin.path)
     make_folder(out_dir, where="--out")
     if topology.rank == 0:
         for note in begin.notes:

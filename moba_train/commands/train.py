@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+from moba_train import last_words
 from moba_train.commands.evaluators import build_evaluators
-from moba_train.commands.parts import build_engine, identity_of, joined_ranks, make_folder
+from moba_train.commands.inputs import training_data_errors
+from moba_train.commands.parts import (
+    build_engine,
+    identity_of,
+    initial_weights,
+    joined_ranks,
+    on_mesh_of_next_stage,
+)
+from moba_train.config.engine_rules import describe_engine
 from moba_train.config.load import to_toml
+from moba_train.config.mesh import describe_mesh, parallel_of_stage, stages_on_mesh
 from moba_train.config.schema import RunConfig
 from moba_train.data.stage_data import StageData
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.engine.base import Engine
+from moba_train.errors import EXIT_MESH
 from moba_train.parallel import ranks
 from moba_train.parallel.topology import Topology
 from moba_train.plan_view import build_plan
@@ -20,19 +36,21 @@ from moba_train.train.flops import peak_tflops
 from moba_train.train.loop import TrainOutcome, train
 from moba_train.train.manifest import replace_text
 from moba_train.train.metrics import MetricSink, open_sinks
-from moba_train.train.progress import Progress
+from moba_train.train.preflight import Report, run_preflight
+from moba_train.train.progress import Identity, Progress
 from moba_train.train.record import Meter
 from moba_train.train.resume import begin
+from moba_train.train.run_lock import run_lock
 from moba_train.train.schedule import Schedule, build_schedule
 from moba_train.train.signals import StopSignals
-from moba_train.train.stopping import Stopping
+from moba_train.train.stopping import Stopping, deadlines, first_save_s
 from moba_train.train.summary import RunSummary
 
 
 def run_train(config: RunConfig, *, resume: str) -> int:
-    """Train as configured; returns the exit code (0 also for a planned stop).
+    """Train as configured; returns the exit code: 0, also for a planned stop, or EXIT_MESH.
 
-    `moba_train.commands.inputs.check_training_inputs` has looked at the files before.
+    A run of one process has looked at its files before (`moba_train.commands.inputs.check_training_inputs`).
 
     Args:
         resume: "auto", "never" or a path; see `moba_train.train.resume`.
@@ -42,42 +60,107 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     """
     # Until all ranks are there, a signal ends the process: there is nothing to save. From then on it stops after the
     # current step, the first one included.
-    with joined_ranks(config) as topology, StopSignals() as signals:
-        run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.dir)
+    here = on_mesh_of_next_stage(config, resume)
+    with (
+        joined_ranks(here, run_dir=run_dir) as topology,
+        StopSignals() as signals,
+        nullcontext(_preflight(config, topology)) as checked,
+        run_lock(run_dir, say=_say) as (check_lock, lock_notes),
+    ):
+        ends = deadlines(config.run.stop_after)
         schedule = build_schedule(config.stages, config.optimizer)
         tokenizer = load_tokenizer(config.data.tokenizer)
         identity = identity_of(config, tokenizer, topology)
-        engine = build_engine(config, topology)
+        fill = initial_weights(config, topology, identity, resume=resume)
+        engine = build_engine(here, topology, fill=fill)
         evaluators = build_evaluators(config, engine, tokenizer)
         start = begin(run_dir, resume, engine, identity, schedule)
-        make_folder(run_dir, where="run.dir")  # it is this run's own, now that nothing speaks against it any more
         ranks.from_rank_0(lambda: replace_text(run_dir / "config.toml", to_toml(config)))
         summary = RunSummary(config.stages)
         log, sinks = _outputs(config, topology, start.progress, schedule, summary)
-        for line in (*_greeting(config, engine), *start.notes):
+        stopping = Stopping(signals, ends, first_save_s=first_save_s(engine.num_parameters))
+        origin = (*start.notes, *(fill.notes if fill else ()))
+        greeting = (*checked.lines(), *_greeting(config, engine), *lock_notes, *origin)
+        for line in (*greeting, *ranks.on_all_ranks(stopping.announce)):
             log.line(line)
         try:
-            outcome = train(
-                engine,
-                schedule=schedule,
-                start=start.progress,
-                until_step=schedule.total_steps,
-                run=config.run,
-                checkpoint=config.checkpoint,
-                stage_data=_StageRows(config, tokenizer, run_dir / "cache", log),
-                evaluators=evaluators,
-                store=CheckpointStore(run_dir, identity, to_toml(config), config.stages, config.checkpoint.keep_last),
-                meter=_meter(config, topology),
-                sinks=sinks,
-                log=log,
-                stopping=Stopping(signals),
-            )
+            with _told_store(config, identity, check_lock, log) as store:
+                outcome = train(
+                    engine,
+                    schedule=schedule,
+                    start=start.progress,
+                    until_step=_until_step(config, here, schedule, start.progress.step),
+                    run=config.run,
+                    checkpoint=config.checkpoint,
+                    stage_data=_StageRows(config, tokenizer, run_dir / "cache", log),
+                    evaluators=evaluators,
+                    store=store,
+                    meter=_meter(config, topology),
+                    sinks=sinks,
+                    log=log,
+                    stopping=stopping,
+                )
         finally:
             for sink in sinks:
                 sink.close()
-        for line in (*summary.lines(), _farewell(outcome, run_dir)):
+        ranks.from_rank_0(lambda: replace_text(run_dir / "outcome.json", _outcome_text(outcome)))
+        for line in (*summary.lines(), _farewell(outcome, config, schedule)):
             log.line(line)
-    return 0
+    if outcome.reason != "mesh":
+        return 0
+    last_words.leave("the next stage runs on another mesh", step=outcome.progress.step, code=EXIT_MESH)
+    return EXIT_MESH
+
+
+def _until_step(config: RunConfig, here: RunConfig, schedule: Schedule, step: int) -> int:
+    """Where the stages end that run on the mesh of `here`, from finished step `step` on.
+
+    That is `step` itself where the newest checkpoint turned out to be damaged and the one before belongs to a stage of
+    another mesh. The damaged one has been set aside, so that the next start sees where it is.
+    """
+    index = schedule.stage_of_next_step(step)
+    if parallel_of_stage(config.parallel, config.stages[index]) != here.parallel:
+        return step
+    return schedule.first_steps[stages_on_mesh(config.parallel, config.stages, index)]
+
+
+@contextmanager
+def _told_store(
+    config: RunConfig, identity: Identity, check_lock: Callable[[], None], log: Log
+) -> Iterator[CheckpointStore]:
+    """The store, whose news reach the log also when training breaks off."""
+    store = CheckpointStore(
+        Path(config.run.dir),
+        identity,
+        to_toml(config),
+        config.stages,
+        config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+        check_lock=check_lock,
+    )
+    gc.collect()
+    gc.freeze()  # Megatron collects garbage in every save: what lives as long as the run need not be looked at again
+    try:
+        with store:
+            yield store
+    finally:
+        for line in store.news():
+            log.line(line)
+
+
+def _say(line: str) -> None:
+    """Before there is a log."""
+    print(line, flush=True)
+
+
+def _preflight(config: RunConfig, topology: Topology) -> Report:
+    """What was checked; PreflightFailed on every rank where something is wrong on any."""
+    data_errors = partial(training_data_errors, config) if topology.world_size > 1 else None
+    report = run_preflight(config, topology, find_data_errors=data_errors)
+    report.raise_if_failed()
+    return report
 
 
 def _outputs(
@@ -137,13 +220,24 @@ def _greeting(config: RunConfig, engine: Engine) -> tuple[str, ...]:
     plan = build_plan(config)
     return (
         f"{engine.num_parameters:,} parameters on {topology.world_size} rank(s) of {topology.device.type}: tp "
-        f"{topology.tp}, cp {topology.cp}, pp {topology.pp}, dp {topology.dp}; {config.engine.precision}",
+        f"{topology.tp}, cp {topology.cp}, pp {topology.pp}, dp {topology.dp}; "
+        f"{describe_engine(config.engine)}, {config.engine.precision}",
         f"{plan.total_tokens:,} tokens in {plan.total_steps:,} steps and {len(plan.stages)} stage(s); run folder "
         f"{config.run.dir}",
     )
 
 
-def _farewell(outcome: TrainOutcome, run_dir: Path) -> str:
+def _outcome_text(outcome: TrainOutcome) -> str:
+    """For launch/slurm.sbatch, which decides by it whether the job goes on: one key a line."""
+    told = {"finished": outcome.finished, "reason": outcome.reason, "step": outcome.progress.step}
+    return json.dumps(told, indent=2) + "\n"
+
+
+def _farewell(outcome: TrainOutcome, config: RunConfig, schedule: Schedule) -> str:
     if outcome.finished:
-        return f"next: moba-train eval niah {run_dir}; moba-train report {run_dir}"
-    return f"to go on: the same command with --resume auto (run folder {run_dir})"
+        return f"next: moba-train eval niah {config.run.dir}; moba-train report {config.run.dir}"
+    if outcome.reason == "mesh":
+        stage = config.stages[schedule.stage_of_next_step(outcome.progress.step)]
+        mesh = describe_mesh(parallel_of_stage(config.parallel, stage))
+        return f"stage '{stage.name}' runs on {mesh}: start again to go on (launch/torchrun.sh does by itself)"
+    return f"to go on: the same command with --resume auto (run folder {config.run.dir})"

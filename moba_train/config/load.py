@@ -25,7 +25,7 @@ from moba_train.config.schema import RunConfig
 from moba_train.config.validate import find_errors, raise_all, validate
 from moba_train.errors import ConfigError
 
-_ALIASES = (("--run-dir", "--run.dir"),)
+_ALIASES = (("--run-dir", "--run.dir"), ("--stop-after", "--run.stop-after"))
 _PRESET_FLAG = "--model.preset"
 _BOX = "│╭╮╰╯─┌┐└┘"
 
@@ -73,7 +73,7 @@ def decode_toml(text: str, *, source: str = "", preset: str = "") -> RunConfig:
     """
     try:
         tree: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         fix = "mend the line named above; strings need quotes, tables are written [section]"
         raise ConfigError("the file is not valid TOML", where=source, got=error, fix=fix) from error
     if preset and isinstance(tree.get("model", {}), dict):

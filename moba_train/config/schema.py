@@ -54,16 +54,24 @@ class ModelConfig:
     """Head dimension D; need not be hidden_size / num_heads."""
     vocab_size: int = 4096
     """Rows of the embedding; at least the tokenizer's size and divisible by parallel.tp."""
+    vocab_padding: int = 0
+    """Rows among them, the last ones, that stand for no token: the model gives them probability 0."""
     tied_head: bool = True
     """Share the embedding with the output head."""
     qk_norm: bool = False
     """RMSNorm over head_dim on queries and keys, before RoPE (Qwen3)."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2 and 2.5)."""
     key_conv: Literal[0, 3, 5] = 0
     """Width of the depthwise causal convolution over keys (arXiv 2511.11571); 0 = none."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 * num_layers)."""
+    init_from: str = ""
+    """Folder whose weights a run begins with, at step 0 and with fresh optimizer state: what `moba-train convert
+    from-hf` wrote, a run, or a checkpoint. "" = weights are drawn from run.seed. A run that has checkpoints of its own
+    goes on from these."""
 
 
 @dataclass(frozen=True)
@@ -311,12 +319,17 @@ class RunSection:
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """How long a part of the run may take before the watchdog ends it, with the stack of every rank; 0 = no limit."""
+    """How long a part of the run may take before the watchdog ends it, with the stack of every rank; 0 = no limit.
+
+    engine.timeout_s bounds how long ranks wait for one another, and is the shorter one where they do. These limits also
+    hold for a rank by itself, for ranks that are all stuck alike, and for a save beside the training.
+    """
 
     start_s: float = 1800.0
-    """From the start of the process to the first step: reading the checkpoint, building data indices."""
+    """From the start of the process to the first step (reading the checkpoint, building data indices), and for opening
+    the data of each later stage."""
     step_s: float = 3600.0
-    """One step, and one evaluation."""
+    """One step; in an evaluation, one row and what comes before the first. Several times the longest step."""
     save_s: float = 1800.0
     """One checkpoint, from its begin to its publication."""
 

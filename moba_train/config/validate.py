@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from moba_train.config.engine_rules import engine_errors
 from moba_train.config.job_rules import job_errors
+from moba_train.config.mesh import degree_errors, mesh_errors, mesh_key, parallel_of_stage, rows_errors
 from moba_train.config.rules import at_least, divides, positive
 from moba_train.config.schema import (
     ModelConfig,
@@ -18,7 +20,6 @@ from moba_train.config.schema import (
     RunConfig,
     StageConfig,
 )
-from moba_train.config.transports import transport_errors
 from moba_train.errors import ConfigError, ConfigErrors
 
 # Shortest needle sample: needle, question and answer take about thirty tokens, and some haystack must be left.
@@ -34,8 +35,9 @@ def find_errors(config: RunConfig) -> Iterator[ConfigError]:
     """Every broken rule, in the order of the file."""
     yield from _finite(config, "")
     yield from job_errors(config)
+    yield from engine_errors(config)
     yield from _model(config.model)
-    yield from _parallel(config)
+    yield from mesh_errors(config)
     yield from _optimizer(config.optimizer, total_tokens=sum(stage.tokens for stage in config.stages))
     yield from _data(config)
     yield from _stages(config)
@@ -53,20 +55,20 @@ def raise_all(errors: Sequence[ConfigError], *, source: str = "") -> None:
         raise ConfigErrors(errors)
 
 
-def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Data-parallel degree of a job of `world_size` ranks.
+def check_world_size(parallel: ParallelConfig, world_size: int, *, where: str = "parallel") -> int:
+    """Data-parallel degree of a job of `world_size` ranks; `where` says which mesh it is.
 
     Raises:
         ConfigError: a degree < 1, or world_size != tp * cp * pp * dp (dp = "auto": no multiple of tp * cp * pp).
     """
-    raise_all(list(_degrees(parallel)))
+    raise_all(list(degree_errors(parallel, key=where)))
     replica = parallel.tp * parallel.cp * parallel.pp
     dp = max(1, world_size // replica) if parallel.dp == "auto" else parallel.dp
     wanted = replica * dp
     if world_size != wanted:
         raise ConfigError(
             "the number of ranks does not fit the mesh",
-            where="parallel",
+            where=where,
             got=f"{world_size} ranks for tp {parallel.tp} * cp {parallel.cp} * pp {parallel.pp} * dp {parallel.dp}",
             allowed=f"a multiple of {replica} ranks" if parallel.dp == "auto" else f"exactly {wanted} ranks",
             fix=f"start {wanted} ranks (torchrun --nproc-per-node {wanted} -m moba_train ...), or change the degrees",
@@ -74,9 +76,25 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> int:
     return dp
 
 
-def check_rows_per_step(stages: Sequence[StageConfig], dp: int) -> None:
-    """Every data-parallel rank takes the same number of rows of a step; ConfigError where that cannot be."""
-    raise_all(list(_rows_per_step(stages, dp)))
+def check_ranks_of_job(config: RunConfig, world_size: int) -> None:
+    """Is there a stage whose mesh these ranks fit? Which one the run begins in is known once ranks have met."""
+    errors: dict[ParallelConfig, ConfigError] = {}
+    for index, stage in enumerate(config.stages):
+        mesh = parallel_of_stage(config.parallel, stage)
+        try:
+            check_world_size(mesh, world_size, where=mesh_key(config.stages, index))
+            return
+        except ConfigError as error:
+            errors.setdefault(mesh, error)
+    raise_all(list(errors.values()))
+
+
+def check_rows_per_step(stages: Sequence[StageConfig], dp: int, *, first: int = 0) -> None:
+    """Every data-parallel rank takes the same number of rows of a step; ConfigError where that cannot be.
+
+    first: stages before this one are done.
+    """
+    raise_all(list(rows_errors(stages, [dp] * len(stages), first=first)))
 
 
 def _with_source(error: ConfigError, source: str) -> ConfigError:
@@ -117,43 +135,17 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
     fix = "each key/value head serves the same number of query heads"
     yield from divides(model.num_heads, model.num_kv_heads, "model.num_heads", "model.num_kv_heads", fix)
     yield from divides(model.head_dim, 2, "model.head_dim", "2", "RoPE rotates pairs of dimensions")
+    yield from at_least(model.vocab_padding, 0, "model.vocab_padding")
+    if model.vocab_padding >= model.vocab_size >= 1:
+        yield ConfigError(
+            "the vocabulary consists of padding",
+            where="model.vocab_padding",
+            got=model.vocab_padding,
+            allowed=f"less than {model.vocab_size} (model.vocab_size)",
+            fix="lower vocab_padding; it is 0 in most models",
+        )
     yield from positive(model.norm_eps, "model.norm_eps")
     yield from positive(model.init_std, "model.init_std")
-
-
-def _parallel(config: RunConfig) -> Iterator[ConfigError]:
-    model, parallel = config.model, config.parallel
-    yield from _degrees(parallel)
-    if parallel.dp != "auto":
-        yield from _rows_per_step(config.stages, parallel.dp)
-    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
-        fix = f"change {name} or lower parallel.tp"
-        yield from divides(getattr(model, name), parallel.tp, f"model.{name}", "parallel.tp", fix)
-    fix = "change num_layers or parallel.pp"
-    yield from divides(model.num_layers, parallel.pp, "model.num_layers", "parallel.pp", fix)
-    yield from transport_errors(model, parallel)
-
-
-def _degrees(parallel: ParallelConfig) -> Iterator[ConfigError]:
-    for name in ("tp", "cp", "pp", "dp"):
-        degree = getattr(parallel, name)
-        if degree != "auto":
-            fix = "use 1 for a dimension that is not parallel"
-            yield from at_least(degree, 1, f"parallel.{name}", fix)
-
-
-def _rows_per_step(stages: Sequence[StageConfig], dp: int) -> Iterator[ConfigError]:
-    for i, stage in enumerate(stages):
-        if dp >= 1 and stage.seq_len >= 1 and stage.tokens_per_step >= 1 and stage.tokens_per_step % stage.seq_len == 0:
-            rows = stage.tokens_per_step // stage.seq_len
-            if rows % dp:
-                yield ConfigError(
-                    "the rows of a step cannot be shared evenly by the data-parallel ranks",
-                    where=f"stages.{i}.tokens_per_step",
-                    got=f"{stage.tokens_per_step} tokens = {rows} rows of {stage.seq_len} for dp {dp}",
-                    allowed=f"multiples of {dp * stage.seq_len} (dp * seq_len)",
-                    fix="change tokens_per_step, or use more context-parallel and fewer data-parallel ranks",
-                )
 
 
 def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[ConfigError]:

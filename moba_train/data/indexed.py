@@ -34,6 +34,8 @@ DTYPES: tuple[tuple[int, str], ...] = ((1, "uint8"), (3, "int16"), (4, "int32"),
 """Integer dtypes by Megatron's code; the float codes (6, 7) hold no tokens."""
 CHECK_SEQUENCES = 1 << 20
 """Sequences checked at a time, so that checking needs bounded memory."""
+MOST_BYTES = 1 << 62
+"""No file is larger; sums of sequence lengths are stopped here, before int64 wraps."""
 MISSING = "run `moba-train prep`, or mend the path in the section [data]"
 REBUILD = "write the pair again (`moba-train prep`) or copy both files again"
 
@@ -176,7 +178,9 @@ def open_indexed(prefix: str | Path) -> IndexedDocuments:
             fix=REBUILD,
         )
     tokens = np.memmap(bin_path(prefix), dtype=dtype, mode="r")
-    return IndexedDocuments(prefix, tokens, pointers, boundaries, _open_spans(prefix, num_boundaries - 1))
+    documents = IndexedDocuments(prefix, tokens, pointers, boundaries, None)
+    documents.spans = _open_spans(prefix, documents)
+    return documents
 
 
 def _require_file(path: Path) -> None:
@@ -227,7 +231,8 @@ def _check_sequences(idx: Path, lengths: NDArray[np.int32], pointers: NDArray[np
     for first in range(0, lengths.size, CHECK_SEQUENCES):
         size_bytes = lengths[first : first + CHECK_SEQUENCES].astype(np.int64) * itemsize
         ends = end_bytes + np.cumsum(size_bytes)
-        if size_bytes.min() < 0 or not np.array_equal(pointers[first : first + CHECK_SEQUENCES], ends - size_bytes):
+        told = pointers[first : first + CHECK_SEQUENCES]
+        if size_bytes.min() < 0 or ends[-1] > MOST_BYTES or not np.array_equal(told, ends - size_bytes):
             raise DataError(
                 "lengths and pointers of the index contradict one another",
                 where=f"{idx}, sequences {first}..{first + size_bytes.size - 1}",
@@ -241,7 +246,7 @@ def _check_boundaries(idx: Path, boundaries: NDArray[np.int64], num_sequences: i
     """Document boundaries must rise from 0 to the number of sequences."""
     ok = boundaries[0] == 0 and boundaries[-1] == num_sequences
     for first in range(0, boundaries.size - 1, CHECK_SEQUENCES):
-        ok = ok and bool((np.diff(boundaries[first : first + CHECK_SEQUENCES + 1]) >= 0).all())
+        ok = ok and _is_rising(boundaries[first : first + CHECK_SEQUENCES + 1])
     if not ok:
         raise DataError(
             "document boundaries of the index do not rise from 0 to the number of sequences",
@@ -252,6 +257,11 @@ def _check_boundaries(idx: Path, boundaries: NDArray[np.int64], num_sequences: i
         )
 
 
+def _is_rising(values: NDArray[np.int64]) -> bool:
+    """Compared, not subtracted: a difference of int64 extremes wraps."""
+    return bool((values[1:] >= values[:-1]).all())
+
+
 def _require_no_spans(path: Path) -> None:
     """Spans are optional, but where `prep` wrote some, a loss on every token would be another training.
 
@@ -260,38 +270,35 @@ def _require_no_spans(path: Path) -> None:
     """
     listing = path.parent / "prep.json"
     try:
-        files = json.loads(listing.read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        is_listed = path.name in json.loads(listing.read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # not a folder of `prep`
-    if path.name in files:
+    if is_listed:
         raise DataError("the answer spans of the source are missing", where=str(path), got="no such file", fix=REBUILD)
 
 
-def _open_spans(prefix: str, num_documents: int) -> NDArray[np.int64] | None:
+def _open_spans(prefix: str, documents: IndexedDocuments) -> NDArray[np.int64] | None:
     path = spans_path(prefix)
     if not path.exists():
         _require_no_spans(path)
         return None
-    try:
-        spans: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError("cannot read the answer spans", where=str(path), got=str(error), fix=REBUILD) from error
     rows = "int64 [spans, 3]: rows (document, start, end), sorted by document"
+    try:
+        spans: NDArray[np.int64] = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
+    except Exception as error:  # numpy's parser fails in a dozen ways on a header that it did not write
+        got = f"{type(error).__name__}: {error}"[:200]
+        raise DataError("cannot read the answer spans", where=str(path), got=got, allowed=rows, fix=REBUILD) from error
     if spans.dtype != np.int64 or spans.ndim != 2 or spans.shape[1] != 3:
-        raise DataError(
-            "not an array of answer spans",
-            where=str(path),
-            got=f"{spans.dtype} {spans.shape}",
-            allowed=rows,
-            fix=REBUILD,
-        )
-    documents = spans[:, 0]
-    if spans.size and ((np.diff(documents) < 0).any() or documents[0] < 0 or documents[-1] >= num_documents):
+        got = f"{spans.dtype} {spans.shape}"
+        raise DataError("not an array of answer spans", where=str(path), got=got, allowed=rows, fix=REBUILD)
+    of, starts, ends = spans.T
+    ok = _is_rising(of) and not (spans.size and (of[0] < 0 or of[-1] >= documents.num_documents))
+    if not (ok and ((starts >= 0) & (starts <= ends) & (ends <= documents.sizes(of))).all()):
         raise DataError(
             "the answer spans do not fit the index",
             where=str(path),
-            got=f"documents {documents[0]} .. {documents[-1]}",
-            allowed=f"{rows}, of {num_documents} documents",
+            got=f"documents {of[0]} .. {of[-1]}, tokens {starts.min()} .. {ends.max()}",
+            allowed=f"{rows}, within {documents.num_documents} documents",
             fix=REBUILD,
         )
     return spans

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moba_train.config.schema import DataConfig, SourceConfig, StageConfig
-from moba_train.data.assemble import row_of_stream
+from moba_train.data.assemble import Piece, pieces_of_stream, row_of_stream
 from moba_train.data.files import published
 from moba_train.data.indexed import IndexedDocuments, open_indexed
 from moba_train.data.mix import mix_rows, rows_per_source
@@ -101,22 +101,33 @@ class StageData:
         Raises:
             IndexError: outside the stage.
         """
-        if not 0 <= i < self._num_rows:
-            raise IndexError(f"row {i} of a stage of {self._num_rows}")
-        which, r = (int(x) for x in self._mix[i])
-        source = self._sources[which]
-        r = source.shuffled(r)
+        source, begin, end = self._place(i)
         return row_of_stream(
             source.documents,
             source.stream,
-            (int(source.starts[r, 0]), int(source.starts[r, 1])),
-            (int(source.starts[r + 1, 0]), int(source.starts[r + 1, 1])),
+            begin,
+            end,
             seq_len=self.seq_len,
             eod_id=self._eod_id,
             pad_id=self._pad_id,
             source=source.name,
             sample_id=i,
         )
+
+    def pieces(self, i: int) -> tuple[Piece, ...]:
+        """The pieces of documents that row i holds, in order; padding is none. IndexError outside the stage."""
+        source, begin, end = self._place(i)
+        return tuple(pieces_of_stream(source.stream, begin, end))
+
+    def _place(self, i: int) -> tuple[_Source, tuple[int, int], tuple[int, int]]:
+        """Source of row i, and where the row begins and ends in its stream."""
+        if not 0 <= i < self._num_rows:
+            raise IndexError(f"row {i} of a stage of {self._num_rows}")
+        which, r = (int(x) for x in self._mix[i])
+        source = self._sources[which]
+        r = source.shuffled(r)
+        begin, end = ((int(position), int(offset)) for position, offset in source.starts[r : r + 2])
+        return source, begin, end
 
 
 class _Source:

@@ -17,7 +17,7 @@ def check_vocabulary(tokenizer: Tokenizer, documents: IndexedDocuments, *, vocab
     """Refuse a source or a model that does not fit the tokenizer.
 
     Args:
-        vocab_size: rows of the model's embedding.
+        vocab_size: rows of the model's embedding, without padding.
 
     Raises:
         ConfigError: the model has fewer rows than the tokenizer has ids.

@@ -68,7 +68,7 @@ class RowScores:
 
 
 class Engine(Protocol):
-    """The protocol; `moba_train.engine.megatron.MegatronEngine` implements it."""
+    """The protocol; `MegatronEngine` and `DeepSpeedEngine` implement it, by what `GptEngine` does for both."""
 
     topology: Topology
 
@@ -103,7 +103,10 @@ class Engine(Protocol):
         ...
 
     def score(self, row: Row, *, attention: AttentionMode = "stage", query_positions: Sequence[int] = ()) -> RowScores:
-        """Evaluate one row without gradients. Collective over the context-parallel group."""
+        """Evaluate one row without gradients. Collective over the context-parallel group.
+
+        Under ZeRO-3 over all ranks, each with a row of its own: data-parallel ranks call it equally often.
+        """
         ...
 
     def sharded_state_dict(self, *, is_loading: bool) -> dict[str, Any]:

@@ -83,6 +83,9 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     common = {name: part for name, part in state.items() if name != "param_state"}
     if "param_state" not in state:
         common.get("optimizer", common)["state"].setdefault("common_step", torch.zeros(()))
+    else:
+        groups = _complete_groups(optimizer, common["optimizer"]["param_groups"])
+        common["optimizer"] = {**common["optimizer"], "param_groups": groups}
     optimizer.load_state_dict(common)
     if "param_state" in state:
         steps = {parameter: held.pop("step", None) for parameter, held in _states(optimizer)}
@@ -91,6 +94,14 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
             if steps[parameter] is not None:
                 held["step"] = steps[parameter]
     _own_step_counts(optimizer)
+
+
+def _complete_groups(optimizer: MegatronOptimizer, loaded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The DeepSpeed engine saves the step count of parameter groups alone; the rest is in the configuration."""
+    if all("wd_mult" in group for group in loaded):
+        return loaded
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    return [{**group, "step": loaded[0]["step"]} for group in own]
 
 
 @contextmanager

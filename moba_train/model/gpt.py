@@ -1,4 +1,4 @@
-"""ModelConfig -> Megatron-core GPTModel: pre-norm layers of GQA and SwiGLU, RMSNorm, no biases, no dropout.
+"""ModelConfig -> Megatron-core GPTModel: pre-norm layers of GQA and SwiGLU, RMSNorm, no dropout; biases on q, k, v.
 
 Megatron's local layer spec is used as it is, with two parts replaced: the core attention is ours
 (`moba_train.model.attention`), which also applies the rotary embedding (Megatron's position_embedding_type is "none"),
@@ -11,6 +11,7 @@ saved inputs take 1/tp of the memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -37,7 +38,7 @@ from moba_train.model.norm import RmsNorm
 from moba_train.model.offload import CudaLink, Link, checkpoints_through
 from moba_train.model.tiled_loss import Head, OnTile, token_losses
 from moba_train.model.tiled_mlp import tile_mlp
-from moba_train.model.weights import initialize_weights
+from moba_train.model.weights import initialize_weights, mark_weights
 
 
 class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no types
@@ -45,10 +46,12 @@ class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no types
 
     Attributes:
         on_loss_tile: is told about every tile of the loss.
+        vocab_padding: rows of the head that stand for no token.
         checkpoint_link: where the checkpoints of recompute wait; None = where they are.
     """
 
     on_loss_tile: OnTile | None = None
+    vocab_padding: int = 0
     checkpoint_link: Link | None = None
 
     def forward(
@@ -80,7 +83,7 @@ class Gpt(GPTModel):  # type: ignore[misc]  # megatron-core has no types
         """The output head of the last pipeline rank, tied or not."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return Head(weight, self.pg_collection.tp, on_tile=self.on_loss_tile)
+        return Head(weight, self.pg_collection.tp, on_tile=self.on_loss_tile, padding=self.vocab_padding)
 
 
 def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topology) -> TransformerConfig:
@@ -101,6 +104,7 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topol
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tp,
@@ -138,14 +142,20 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     return spec
 
 
-def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, seed: int) -> Gpt:
+FillWeights = Callable[[Gpt], None]
+"""Fills this rank's part of a new model with weights; collective."""
+
+
+def build_gpt(
+    model: ModelConfig, engine: EngineConfig, topology: Topology, *, seed: int, fill: FillWeights | None = None
+) -> Gpt:
     """This rank's part of the model, initialised, on `topology.device`.
 
-    The weights are a function of (model, seed) alone: any mesh starts from the same model. The model's forward takes
-    token ids [1,S] of this rank's shard and a RowContext as `packed_seq_params`; the last pipeline rank returns the
-    final hidden states [1, S / tp, hidden_size] or, given labels [1,S], the loss of each token, fp32 [1,S]; see
-    `tiled_loss` for what to do with hidden states. S is a multiple of tp: the shard's own tokens come first, the rest
-    is padding that no other token sees.
+    The weights come from `fill`; without it they are a function of (model, seed) alone: any mesh starts from the same
+    model. The model's forward takes token ids [1,S] of this rank's shard and a RowContext as `packed_seq_params`; the
+    last pipeline rank returns the final hidden states [1, S / tp, hidden_size] or, given labels [1,S], the loss of each
+    token, fp32 [1,S]; see `tiled_loss` for what to do with hidden states. S is a multiple of tp: the shard's own tokens
+    come first, the rest is padding that no other token sees.
     """
     _check_offload(engine, topology)
     config = transformer_config(model, engine, topology)
@@ -163,7 +173,10 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
             share_embeddings_and_output_weights=model.tied_head,
             position_embedding_type="none",
         )
-    initialize_weights(gpt, model, topology, seed=seed)
+    gpt.vocab_padding = model.vocab_padding
+    mark_weights(gpt)
+    if fill is None:
+        initialize_weights(gpt, model, topology, seed=seed)
     placed: Gpt = gpt.to(device=topology.device, dtype=config.params_dtype)
     if placed.post_process:
         placed.output_layer.forward = _hand_on  # its weight stays where checkpoints have it
@@ -172,6 +185,8 @@ def build_gpt(model: ModelConfig, engine: EngineConfig, topology: Topology, *, s
             tile_mlp(layer.mlp, num_ranks=topology.tp)
     if engine.offload == "host":
         placed.checkpoint_link = CudaLink(topology.device)
+    if fill is not None:
+        fill(placed)
     return placed
 
 
@@ -210,4 +225,4 @@ def _check_mesh(model: ModelConfig, topology: Topology) -> None:
             )
 
 
-__all__ = ["Gpt", "build_gpt", "layer_spec", "transformer_config"]
+__all__ = ["FillWeights", "Gpt", "build_gpt", "layer_spec", "transformer_config"]

@@ -53,7 +53,8 @@ def count_layer_parameters(model: ModelConfig) -> int:
     attention = model.hidden_size * (heads_width + 2 * kv_width) + heads_width * model.hidden_size
     mlp = 3 * model.hidden_size * model.ffn_hidden_size
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    return attention + mlp + norms + kv_width * model.key_conv
+    biases = heads_width + 2 * kv_width if model.qkv_bias else 0
+    return attention + biases + mlp + norms + kv_width * model.key_conv
 
 
 def count_parameters(model: ModelConfig) -> int:

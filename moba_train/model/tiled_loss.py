@@ -40,12 +40,14 @@ class Head:
         tp_group: tensor-parallel group; None = one rank.
         tile_rows: rows of this rank in a tile; 0 = `tiles.tile_rows` of the shapes.
         on_tile: is told about every tile.
+        padding: rows at the end of the whole vocabulary that stand for no token: their probability is 0.
     """
 
     weight_VM: Tensor
     tp_group: dist.ProcessGroup | None = None
     tile_rows: int = 0
     on_tile: OnTile | None = None
+    padding: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -162,7 +164,11 @@ def _scatter_sum(partial: Tensor, own_RM: Tensor, head: Head) -> None:
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
     """[N*R,V] of this rank's vocabulary: multiplied in the weight's dtype, in fp32 from then on."""
-    return (hidden @ head.weight_VM.detach().t()).float()
+    logits = (hidden @ head.weight_VM.detach().t()).float()
+    if head.padding:
+        num_tokens = head.num_ranks * head.weight_VM.shape[0] - head.padding
+        logits[:, max(0, num_tokens - head.first_token) :] = -torch.inf
+    return logits
 
 
 def _own_index(labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ Each tensor of the whole model is drawn from a generator of its own, seeded by i
 that its tensor-parallel rank holds. So neither the number of ranks nor the order of construction changes a weight.
 
 Distributions: embeddings and projections N(0, init_std^2); projections back into the residual stream
-N(0, init_std^2 / (2 * num_layers)) (GPT-2); norms 1; key convolution N(0, 0.1^2) around a filter that passes the token
-before. A key that begins as "what stood before me" is half of an induction head: a two-layer model then starts to
-retrieve after about 150 steps instead of 250 (measured on the demo's 128-token needle stage).
+N(0, init_std^2 / (2 * num_layers)) (GPT-2); norms 1; biases 0; key convolution N(0, 0.1^2) around a filter that passes
+the token before. A key that begins as "what stood before me" is half of an induction head: a two-layer model then
+starts to retrieve after about 150 steps instead of 250 (measured on the demo's 128-token needle stage).
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ def initialize_weights(gpt: nn.Module, model: ModelConfig, topology: Topology, *
     for name, parameter in gpt.named_parameters():
         whole = _whole_tensor(_global_name(name, first_layer, model.tied_head), model, seed)
         parameter.copy_(_tensor_parallel_part(name, whole, topology.tp, topology.tp_rank))
-        if whole.dim() > 1:  # read by the gradient norm, which counts replicated parameters once
+
+
+def mark_weights(gpt: nn.Module) -> None:
+    """Say which parameters tensor-parallel ranks share: the gradient norm counts those that they all hold once."""
+    for name, parameter in gpt.named_parameters():
+        if _is_sharded(name):
             mark_tensor_parallel(parameter, _sharded_dim(name))
 
 
@@ -53,6 +58,8 @@ def _whole_tensor(name: str, model: ModelConfig, seed: int) -> Tensor:
     shape = _whole_shape(name, model)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if name.endswith("key_conv.weight"):
@@ -66,7 +73,7 @@ def _whole_tensor(name: str, model: ModelConfig, seed: int) -> Tensor:
 
 def _whole_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     """Shape over all tensor-parallel ranks, by the last parts of Megatron's parameter names."""
-    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    module, kind = name.rsplit(".", 2)[-2:]
     heads_width = model.num_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "word_embeddings": (model.vocab_size, model.hidden_size),
@@ -82,12 +89,12 @@ def _whole_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
         "pre_mlp_layernorm": (model.hidden_size,),
         "final_layernorm": (model.hidden_size,),
     }
-    return shapes[module]
+    return shapes[module][:1] if kind == "bias" else shapes[module]
 
 
 def _tensor_parallel_part(name: str, whole: Tensor, tp: int, tp_rank: int) -> Tensor:
     """What a tensor-parallel rank holds of a whole tensor."""
-    if whole.dim() == 1:
+    if not _is_sharded(name):
         return whole
     if "linear_fc1" in name:  # gate and up are cut each for itself
         gate, up = whole.chunk(2)
@@ -95,9 +102,14 @@ def _tensor_parallel_part(name: str, whole: Tensor, tp: int, tp_rank: int) -> Te
     return whole.chunk(tp, _sharded_dim(name))[tp_rank]
 
 
+def _is_sharded(name: str) -> bool:
+    """Do tensor-parallel ranks share the parameter? They all hold the norms."""
+    return not name.endswith("norm.weight")
+
+
 def _sharded_dim(name: str) -> int:
     """The dim that tensor-parallel ranks share: inputs of row-parallel projections, else outputs."""
     return 1 if "linear_proj" in name or "linear_fc2" in name else 0
 
 
-__all__ = ["initialize_weights"]
+__all__ = ["initialize_weights", "mark_weights"]

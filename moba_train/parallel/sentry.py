@@ -14,6 +14,9 @@ power, lets whoever asks it wait for ever; so every question has a time limit an
 
 On CUDA the host does not wait for an exchange, and PyTorch's watchdog would end the process without saying what it was
 in. There the thread raises the alarm by itself, earlier than the watchdog, once the device is late (watch.py).
+
+An alarm because of a hang (a timeout, or a limit of our own watchdog, watchdog.py) asks for more: every rank that still
+can writes down the stacks of its threads before it answers (stacks.py).
 """
 
 from __future__ import annotations
@@ -24,19 +27,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from moba_train import last_words
+from moba_train.config.schema import WatchdogConfig
 from moba_train.errors import EXIT_RANKS, ExchangeError, UserError
 
-from .watch import Watch, is_broken_exchange, plain_text
+from .stacks import Stacks, waiting_beside, waiting_collective
+from .story import Line, story
+from .watch import Watch, is_broken_exchange, is_timeout, plain_text
+from .watchdog import NO_LIMITS, Watchdog
 
-_MOST_TOLD = 4
-"""Ranks of a kind that a message names; of a thousand that waited, a few say it all."""
 _MOST_TEXT = 1000
 """Characters of a line on the board: all ranks read all lines at once, from one store."""
 
@@ -49,14 +55,6 @@ def answer_time_s(timeout_s: float) -> float:
 def collective_timeout_s(timeout_s: float) -> float:
     """What a collective may take, so that all ranks have spoken and ended within `timeout_s`."""
     return timeout_s - 1.5 * answer_time_s(timeout_s)
-
-
-@dataclass(frozen=True)
-class Line:
-    """What a rank says: "broke off", "failed", "waits" or "busy", and the rest of the sentence."""
-
-    kind: str
-    text: str
 
 
 class Board:
@@ -77,8 +75,14 @@ class Board:
         """Leave a line; it takes the place of what this rank left before."""
         self._store.append("lines", json.dumps([self.rank, line.kind, line.text[:_MOST_TEXT]]) + "\n")
 
-    def raise_alarm(self) -> None:
+    def raise_alarm(self, *, hang: bool = False) -> None:
+        """`hang`: nobody has died, as far as is known; ranks write down their stacks."""
+        if hang:
+            self._store.set("hang", str(self.rank))
         self._store.set("alarm", str(self.rank))
+
+    def is_hang(self) -> bool:
+        return bool(self._store.check(["hang"]))
 
     def is_alarm(self) -> bool:
         return bool(self._store.check(["alarm"]))
@@ -98,6 +102,7 @@ class Sentry:
         watch: what this rank is at.
         board: where ranks leave lines.
         timeout_s: within which all ranks end.
+        stacks: writes them down when ranks hang; None = to standard error.
         say, end: print a message; end the process with a code.
     """
 
@@ -107,6 +112,7 @@ class Sentry:
         board: Board,
         *,
         timeout_s: float,
+        stacks: Stacks | None = None,
         say: Callable[[str], None] | None = None,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
@@ -114,6 +120,7 @@ class Sentry:
         self._answer_s = answer_time_s(timeout_s)
         self._late_s = collective_timeout_s(timeout_s) - self._answer_s
         self._poll_s = self._answer_s / 5
+        self._stacks = stacks or Stacks(board.rank, None)
         self._say, self._end = say or self._print, end
         self._lines: dict[int, Line] = {}
         self._alarm_s: float | None = None
@@ -136,18 +143,28 @@ class Sentry:
         self._closed.set()
         self._thread.join(self._poll_s)  # it may be asking a store that does not answer
 
-    def explain(self, line: Line) -> str:
-        """From the main thread: leave `line`, raise the alarm, wait for the others; what they said, as a message."""
+    def explain(self, line: Line, *, hang: bool = False) -> str:
+        """From the main thread or the watchdog's: leave `line`, raise the alarm, hear the others; all as a message."""
         with self._lock:
-            self._main_tells = True
+            another_tells, self._main_tells = self._main_tells, True
+        if another_tells:
+            time.sleep(3 * self._answer_s)  # the thread that tells ends the process; if not, this one does
         self._alarm_s = self._alarm_s or time.monotonic()
         deadline_s = self._alarm_s + self._answer_s
-        self._unheard = self._ask(lambda: self._alarm(line), deadline_s - time.monotonic())
+        self._unheard = self._ask(lambda: self._alarm(line, hang), deadline_s - time.monotonic())
         if not self._unheard:
             self._hear_out(deadline_s)
         if self._board.rank == 0:
             time.sleep(2 * self._poll_s)  # it may keep the store: the others must have read it before this process ends
         return self._story(line)
+
+    def expire(self, what: str) -> None:
+        """From the thread of a watchdog: a limit is over on this rank. Writes the stacks, and ends the process."""
+        with self._lock:
+            if self._main_tells:
+                return
+        self._stacks.dump(what)
+        self._tell_and_end(self.explain(Line("hung", f"{what}; {self._answer().text}"), hang=True))
 
     def leave_word(self, line: Line) -> None:
         """Leave a line for whoever misses this rank; no alarm, since all ranks may have come to the same end."""
@@ -162,7 +179,8 @@ class Sentry:
             with self._lock:
                 if self._main_tells:
                     return False
-            self._tell_and_end(self.explain(line))
+            self._stacks.dump(line.text)
+            self._tell_and_end(self.explain(line, hang=True))
             return True
         if self._alarm_s is None:
             # An unheard one is no alarm: the store is gone, and so is whoever kept it, as the next exchange shows.
@@ -184,19 +202,23 @@ class Sentry:
                 return
 
     def _answer(self) -> Line:
-        exchange = self._watch.in_exchange()
-        return Line("waits", f"{exchange}, in {self._watch.doing()}") if exchange else Line("busy", self._watch.doing())
+        exchange = self._watch.in_exchange() or waiting_collective()
+        doing = self._watch.doing() + waiting_beside()
+        return Line("waits", f"{exchange}, in {doing}") if exchange else Line("busy", doing)
 
-    def _alarm(self, line: Line) -> None:
+    def _alarm(self, line: Line, hang: bool) -> None:
         self._board.post(line)
-        self._board.raise_alarm()
+        self._board.raise_alarm(hang=hang)
 
     def _answer_alarm(self) -> None:
         """Say what this rank is at, if there is an alarm and the main thread says nothing itself."""
         if self._board.is_alarm():
             self._alarm_s = self._alarm_s or time.monotonic()
             if not self._main_tells:
-                self._board.post(self._answer())
+                answer = self._answer()
+                if self._board.is_hang():
+                    self._stacks.dump("ranks hang")
+                self._board.post(answer)
 
     def _hear_out(self, deadline_s: float) -> None:
         """Collect lines until all ranks have left one, the time is up, or the board is out of reach."""
@@ -218,6 +240,7 @@ class Sentry:
         return story(self._board.rank, self._board.world_size, line, self._lines, self._answer_s, unreachable)
 
     def _tell_and_end(self, message: str) -> None:
+        last_words.leave(message, where=self._watch.doing(), code=EXIT_RANKS)
         self._say(message)
         self._end(EXIT_RANKS)
 
@@ -251,50 +274,6 @@ class Sentry:
         return failed[0]
 
 
-def story(
-    rank: int, world_size: int, own: Line, lines: Mapping[int, Line], answer_s: float, unreachable: str = ""
-) -> str:
-    """The message of one rank: itself, then who is gone, who failed, who was elsewhere, who waited.
-
-    Args:
-        own: what this rank has to say.
-        lines: what ranks left on the board.
-        unreachable: why the board could not be read.
-    """
-    told = [f"ranks lost each other; rank {rank} of {world_size} {own.kind}: {own.text}"]
-    if unreachable:
-        told.append(
-            f"  unknown: which rank is to blame; the job's key-value store is out of reach ({unreachable}), and so may "
-            "be the process that keeps it: the launcher, or rank 0"
-        )
-    else:
-        gone = [r for r in range(world_size) if r != rank and r not in lines]
-        told += _some(gone, f"gone: it has not answered for {answer_s:.0f} s, so its process has died or hangs")
-    for kind in ("failed", "busy", "broke off", "waits"):
-        of_kind = [r for r in sorted(lines) if lines[r].kind == kind and r != rank]
-        told += [f"  rank {r}: {_PHRASE[kind]} {lines[r].text}" for r in of_kind[:_MOST_TOLD]]
-        if len(of_kind) > _MOST_TOLD:
-            told.append(f"  and {len(of_kind) - _MOST_TOLD} more ranks likewise")
-    told.append("  fix: read the log of a rank that is gone, failed or was elsewhere, then resume with --resume auto")
-    return "\n".join(told)
-
-
-_PHRASE = {
-    "failed": "failed by itself:",
-    "busy": "alive, but in no exchange of attention; it was in",
-    "broke off": "broke off too:",
-    "waits": "waited in",
-}
-
-
-def _some(ranks: list[int], what: str) -> list[str]:
-    if not ranks:
-        return []
-    names = ", ".join(str(r) for r in ranks[: 4 * _MOST_TOLD])
-    more = f" and {len(ranks) - 4 * _MOST_TOLD} more" if len(ranks) > 4 * _MOST_TOLD else ""
-    return [f"  rank {names}{more}: {what}"]
-
-
 def _outlast_the_launcher() -> None:
     """torchrun asks all ranks to end (SIGTERM) as soon as one has died, and the story takes some seconds."""
     if threading.current_thread() is threading.main_thread():
@@ -302,17 +281,34 @@ def _outlast_the_launcher() -> None:
 
 
 @contextmanager
-def guarded(watch: Watch, *, timeout_s: float) -> Iterator[None]:
+def guarded(
+    watch: Watch,
+    *,
+    timeout_s: float,
+    limits: WatchdogConfig = NO_LIMITS,
+    age_s: float = 0.0,
+    run_dir: Path | None = None,
+) -> Iterator[None]:
     """Inside, ranks that lose each other end within `timeout_s` and say why. For ranks that have met.
+
+    Args:
+        limits: of the watchdog, which holds for a rank alone too.
+        age_s: how long the start of this process has taken already.
+        run_dir: where stacks of ranks that hang are written.
 
     Raises ExchangeError with the whole story where a collective broke off. A UserError passes (all ranks raise it, or
     the others will miss this one and find its word); any other error passes once the others know.
     """
+    stacks = Stacks(dist.get_rank(), run_dir)
     if dist.get_world_size() == 1:
-        yield
+        with Watchdog(watch, limits, expire=lambda what: _end_alone(watch, stacks, what), age_s=age_s):
+            yield
         return
     board = Board(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
-    with Sentry(watch, board, timeout_s=timeout_s) as sentry:
+    with (
+        Sentry(watch, board, timeout_s=timeout_s, stacks=stacks) as sentry,
+        Watchdog(watch, limits, expire=sentry.expire, age_s=age_s),
+    ):
         try:
             yield
         except UserError as error:
@@ -325,9 +321,18 @@ def guarded(watch: Watch, *, timeout_s: float) -> Iterator[None]:
             _outlast_the_launcher()
             if is_broken_exchange(error):
                 line = Line("broke off", f"{plain_text(error)}; in {watch.doing()}")
-                raise ExchangeError(sentry.explain(line)) from error
+                raise ExchangeError(sentry.explain(line, hang=is_timeout(error))) from error
             sentry.explain(Line("failed", f"{type(error).__name__}: {error}, in {watch.doing()}"))
             raise
+
+
+def _end_alone(watch: Watch, stacks: Stacks, what: str) -> None:
+    """A rank that has no others hangs."""
+    stacks.dump(what)
+    message = f"the watchdog ends the run; {what}; now in {watch.doing()}"
+    last_words.leave(message, where=watch.doing(), code=EXIT_RANKS)
+    print(f"moba-train: error: {message}", file=sys.stderr, flush=True)
+    os._exit(EXIT_RANKS)
 
 
 __all__ = [

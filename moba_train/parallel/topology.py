@@ -53,6 +53,8 @@ class Topology:
     """All ranks, over gloo on every device: what is agreed on the host, before a step."""
     replica_group: dist.ProcessGroup
     """The ranks that hold one copy of the model and work on the same row, over gloo."""
+    save_group: dist.ProcessGroup
+    """All ranks, over gloo, for the thread that writes checkpoints while training goes on; nothing else may use it."""
     device: torch.device
     """With an index on CUDA."""
     watch: Watch
@@ -121,9 +123,20 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         control_group=control_group,
         replica_group=replica_group,
+        save_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s)),
         device=device,
         watch=Watch(device),
     )
+
+
+def join_ranks(device: torch.device, *, timeout_s: float) -> None:
+    """Meet the other ranks of the job, if that has not been done, before it is known which mesh they will form.
+
+    Arguments and errors as in `init_topology`, which goes on from here.
+    """
+    env = _launcher_variables()
+    if not dist.is_initialized():
+        _join(env, _own_device(device, int(env.get("LOCAL_RANK", "0"))), timeout_s)
 
 
 def replica_ranks(*, tp: int, cp: int, pp: int, dp: int) -> tuple[tuple[int, ...], ...]:
@@ -170,6 +183,8 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank):
+        local_rank = 0  # srun has started this rank as a task of its own, and shows it its own device alone
     if local_rank >= count:
         raise BackendError(
             "this rank has no CUDA device to itself",

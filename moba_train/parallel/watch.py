@@ -6,6 +6,9 @@
 On CPU the host waits inside an exchange, so one attribute says where it is. On CUDA it runs ahead: an event is recorded
 behind every exchange and every part of a step, and what has not happened tells where the device is. Events hold no
 tensor and are used again. Nothing of this synchronises anything.
+
+A watch also says which limit of the watchdog holds now (watchdog.py), and since when: it changes with the words, in
+`begin("step 12, reading rows", limit="step")`. What runs beside the main thread has a limit of its own (`background`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +39,23 @@ class Exchange(Protocol):
     """What is asked of a `Wire`: a name for one of its phases."""
 
     def place(self, phase: str) -> str: ...
+
+
+Limit = Literal["start", "step", "save"]
+"""A key of [watchdog], without its "_s"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """A piece of work under one limit; each is itself alone, so that two steps are two stretches.
+
+    Attributes:
+        limit: which limit holds.
+        name: what began with it ("saving step 12").
+    """
+
+    limit: Limit
+    name: str
 
 
 @dataclass(frozen=True)
@@ -68,18 +88,32 @@ class Watch:
         self._new_event = new_event
         self._clock = clock
         self._doing = ("starting", clock())
+        self._stretch = Stretch("start", "the start")
+        self._background: list[tuple[Stretch, float]] = []
         self._waiting: tuple[Exchange, str, float] | None = None
         self._followed: deque[tuple[Event, Exchange, str, float]] = deque()
         self._free: deque[Event] = deque()
 
-    def begin(self, doing: str) -> None:
-        """From now on this rank does `doing` ("step 12, optimizer")."""
+    def begin(self, doing: str, *, limit: Limit | None = None) -> None:
+        """From now on this rank does `doing` ("step 12, optimizer"). With a limit, that limit counts from now."""
         self._doing = (doing, self._clock())
+        if limit is not None:
+            self._stretch = Stretch(limit, doing)
 
     @contextmanager
-    def during(self, doing: str) -> Iterator[None]:
+    def background(self, doing: str, *, limit: Limit) -> Iterator[None]:
+        """Another thread does `doing` inside, beside the main thread and under a limit of its own."""
+        entry = (Stretch(limit, doing), self._clock())
+        self._background.append(entry)
+        try:
+            yield
+        finally:
+            self._background.remove(entry)
+
+    @contextmanager
+    def during(self, doing: str, *, limit: Limit | None = None) -> Iterator[None]:
         """`begin`, and a collective that breaks off inside raises ExchangeError that says what was going on."""
-        self.begin(doing)
+        self.begin(doing, limit=limit)
         try:
             yield
         except RuntimeError as error:
@@ -119,9 +153,15 @@ class Watch:
         return ""
 
     def doing(self) -> str:
-        """What the main thread does, and for how long."""
+        """What the main thread and those beside it do, and for how long."""
         text, since_s = self._doing
-        return f"{text} (for {self._clock() - since_s:.0f} s)"
+        now_s = self._clock()
+        beside = [f"; beside it: {stretch.name} (for {now_s - at_s:.0f} s)" for stretch, at_s in list(self._background)]
+        return f"{text} (for {now_s - since_s:.0f} s)" + "".join(beside)
+
+    def stretches(self) -> tuple[Stretch, ...]:
+        """What is under a limit now: the main thread's work first, then what runs beside it."""
+        return (self._stretch, *(stretch for stretch, _ in list(self._background)))
 
     def _described(self, exchange: Exchange, phase: str, since_s: float) -> str:
         return f"{exchange.place(phase)} (for {self._clock() - since_s:.0f} s)"
@@ -147,10 +187,15 @@ def is_broken_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "/gloo/" in str(error)
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Did a collective wait too long, and its partners are still there? Told by gloo's and NCCL's words."""
+    return bool(re.search(r"timed? ?out", str(error), re.IGNORECASE))
+
+
 def plain_text(error: BaseException) -> str:
     """The first sentence of the library's message, without the place in its sources."""
     text = re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", str(error).strip())
     return re.split(r"\. This is typically|\nException raised from", text)[0].strip()
 
 
-__all__ = ["Event", "Exchange", "Watch", "is_broken_exchange", "plain_text"]
+__all__ = ["Event", "Exchange", "Limit", "Stretch", "Watch", "is_broken_exchange", "is_timeout", "plain_text"]

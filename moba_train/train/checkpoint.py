@@ -1,4 +1,4 @@
-"""Checkpoints of a run: write, find, read, prune.
+"""Checkpoints of a run: write, publish, prune, load.
 
     RUN/checkpoints/step_00000120/    __0_0.distcp ... .metadata common.pt metadata.json   Megatron's torch_dist format
                                       state.json    progress, identity, whether a stage ends here
@@ -6,104 +6,159 @@
                                       manifest.json size and SHA-256 of every other file
     RUN/checkpoints/latest            name of the newest folder
 
-Order of publication: write into `step_XXXXXXXX.tmp`, flush, hash, manifest, rename, replace `latest`, prune. A folder
-without its suffix is therefore complete; one that was damaged later is found out by its manifest. The folder must be on
-a file system that all ranks share. There is no random state to keep: rows are a pure function of (seed, stage, index)
-and the model has no dropout.
+The main thread copies the state to host memory and goes on training. A thread then writes into `step_XXXXXXXX.tmp`:
+
+    every rank: its file, fsync, hash      all ranks agree      rank 0: manifest, fsync, folder, fsync
+    -> rename, fsync of the parent         -> `latest`: aside, fsync, rename, fsync of the parent       -> prune
+
+A folder without its suffix is therefore complete; one that was damaged later is found out by its manifest. Nothing is
+deleted before the pointer to its successor is on the disk. The run folder must be on a file system that all ranks
+share, and one job at a time may write there (run_lock.py). There is no random state to keep: rows are a pure function
+of (seed, stage, index) and the model has no dropout.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
 
 from moba_train.config.schema import StageConfig
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
 from moba_train.parallel import ranks
-from moba_train.train.manifest import find_damage, fsync_path, replace_text, seal_files, write_manifest
-from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
+from moba_train.parallel.watch import is_broken_exchange
+from moba_train.train.manifest import find_damage, fsync_path, seal_files, write_durably, write_manifest
+from moba_train.train.progress import Identity, Progress, check_identity, progress_from_state, rows_fingerprint
+from moba_train.train.run_folder import (
+    CONFIG,
+    FOLDER,
+    LATEST,
+    NAME,
+    STATE,
+    delete_checkpoint,
+    list_checkpoints,
+    list_leftovers,
+    not_kept,
+    read_state,
+    remove_tree,
+    set_aside_after,
+    step_name,
+    write_latest,
+)
+from moba_train.train.save_task import SaveTask
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-STATE = "state.json"
-CONFIG = "config.toml"
-NAME = re.compile(r"step_(\d{8,})")
-LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|old)")
+if TYPE_CHECKING:
+    from moba_train.train.megatron_io import HostBuffers, HostState  # megatron.core takes a second to import
 
-
-def step_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
-    return f"step_{step:08d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Published checkpoint folders of a run, oldest first."""
-    folder = run_dir / FOLDER
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Decoded state.json of a checkpoint folder.
-
-    Raises:
-        CheckpointError: it is missing or does not decode.
-    """
-    try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        missing = {"stage_rows", "stage_end", "model", "tokenizer", "seed"} - state.keys()
-        if missing:
-            raise KeyError(sorted(missing)[0])
-        progress_from_state(state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{STATE} of the checkpoint cannot be read",
-            where=str(path),
-            got=f"{type(error).__name__}: {error}",
-            fix="Resume from another checkpoint of the run.",
-        ) from error
-    return state
+BREAK_OFF_S = 30.0
+"""When training breaks off by an error, a save in flight may still take this long to be published."""
+_MOST_CAUSES = 4
+"""Ranks that a message names."""
 
 
-@dataclass(frozen=True)
 class CheckpointStore:
-    """Writes the checkpoints of one run.
+    """Writes the checkpoints of one run. `save` and `finish` are collective over all ranks.
 
-    Attributes:
+        with CheckpointStore(...) as store:
+            store.save(engine, progress, stage_end=False)      # training may go on at once
+            store.finish()                                     # all is published, or CheckpointError
+
+    Args:
         run_dir: the run folder, on a file system that all ranks share.
         identity: whose run it is.
         config_toml: the resolved configuration, copied into every checkpoint.
         stages: the schedule's; the rows of the current one must not change on resume.
         keep_last: newest checkpoints that are kept, besides those at the end of a stage.
+        keep_every: checkpoints whose step is a multiple of this are kept; 0 = none.
+        asynchronous: write in a thread; False = `save` returns when all is published.
+        check_lock: called on rank 0 before anything is renamed or deleted; raises if the run folder is another job's.
     """
 
-    run_dir: Path
-    identity: Identity
-    config_toml: str
-    stages: tuple[StageConfig, ...]
-    keep_last: int
-    save_time_s: float = 0.0
-    has_failed: bool = False
+    def __init__(
+        self,
+        run_dir: Path,
+        identity: Identity,
+        config_toml: str,
+        stages: tuple[StageConfig, ...],
+        keep_last: int,
+        *,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+        check_lock: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run_dir = run_dir
+        self._identity = identity
+        self._config_toml = config_toml
+        self._stages = stages
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._asynchronous = asynchronous
+        self._check_lock = check_lock
+        self._task: SaveTask | None = None
+        self._longest_s = 0.0
+        self._buffers: HostBuffers | None = None
+        self._lines: deque[str] = deque()
+        self._untold: deque[SaveTask] = deque()
+        self._unmeasured: deque[SaveTask] = deque()
 
-    def finish(self) -> None:
-        """Nothing is left to wait for."""
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Training broke off: a save in flight counts if it ends soon. What it meets must not hide `error`.
+
+        Nobody waits when ranks were lost, since it cannot end then, nor after a second signal.
+        """
+        if self._task is not None and isinstance(error, Exception) and not is_broken_exchange(error):
+            self._task.wait(BREAK_OFF_S)
+
+    @property
+    def has_failed(self) -> bool:
+        """This rank knows of a save that failed."""
+        return self._task is not None and self._task.failed
+
+    @property
+    def save_time_s(self) -> float:
+        """The longest save so far, from the call to the publication."""
+        return max(self._longest_s, self._task.save_s if self._task is not None else 0.0)
 
     def news(self) -> list[str]:
         """Lines for the log since the last call."""
-        return []
+        while self._untold and self._untold[0].is_over:
+            task = self._untold.popleft()
+            if task.error is None:
+                told = f"saved {self.run_dir / FOLDER / task.name} in {task.save_s:.1f} s"
+                self._lines.append(f"{told} (training waited {task.wait_s:.1f} s)")
+                self._lines.extend(task.notes)
+            else:
+                self._lines.append(_failure_line(task.name, task.error))
+        lines = list(self._lines)
+        self._lines.clear()
+        return lines
+
+    def figures(self) -> dict[str, float]:
+        """Numbers of the last save that has ended since the last call, for the record of a step; {} = there is none."""
+        numbers: dict[str, float] = {}
+        while self._unmeasured and self._unmeasured[0].is_over:
+            task = self._unmeasured.popleft()
+            if task.error is None:
+                numbers = {"perf/save_s": task.save_s, "perf/save_wait_s": task.wait_s}
+        return numbers
 
     def save(self, engine: Engine, progress: Progress, *, stage_end: bool) -> Path:
-        """Write and publish a checkpoint; collective over all ranks.
+        """Copy the state and write it; with `asynchronous`, in a thread, once the save before has ended.
 
         Args:
             engine: its `sharded_state_dict` is saved.
@@ -111,26 +166,71 @@ class CheckpointStore:
             stage_end: the last step ended a stage; such a checkpoint is never pruned.
 
         Returns:
-            The published folder.
+            The folder, which is there once the save has been published.
 
         Raises:
-            CheckpointError: the disk refused; nothing is published then and `latest` still names the previous one.
+            CheckpointError: the save before failed, or (not `asynchronous`) this one: a disk refused. Nothing is
+                published then, and `latest` still names the one before.
         """
-        from moba_train.train.megatron_io import save_sharded  # megatron.core takes a second to import
+        from moba_train.train.megatron_io import HostBuffers, take_state  # megatron.core takes a second to import
 
+        begun_s, watch, doing = time.perf_counter(), engine.topology.watch, f"saving step {progress.step}"
+        self.finish()
+        watch.begin(doing, limit="save")  # the wait was for the save before, which has a limit of its own
+        is_first = self._buffers is None
+        self._buffers = self._buffers or HostBuffers()
+        state = take_state(engine.sharded_state_dict(is_loading=False), self._buffers, validate=is_first)
         final = self.run_dir / FOLDER / step_name(progress.step)
+        group = engine.topology.save_group
+        self._task = SaveTask(
+            final.name,
+            watch.background(doing, limit="save")(lambda: self._write(final, state, progress, stage_end, group)),
+            on_failure=partial(_say_failure, final.name),
+            begun_s=begun_s,
+        )
+        self._untold.append(self._task)
+        self._unmeasured.append(self._task)
+        self._task.start(in_thread=self._asynchronous)
+        return final
+
+    def finish(self) -> None:
+        """Wait until all is published.
+
+        Raises:
+            CheckpointError: a save failed.
+            Exception: whatever else the saving thread met: ranks that were lost, or an error of our own.
+        """
+        if self._task is None:
+            return
+        self._task.wait()
+        self._task.raise_failure()
+        self._longest_s = self.save_time_s
+        self._task = None
+
+    def _write(
+        self, final: Path, state: HostState, progress: Progress, stage_end: bool, group: dist.ProcessGroup
+    ) -> list[str]:
+        """All that follows the copy; collective over `group`. Returns lines for the log."""
+        from moba_train.train.megatron_io import write_state
+
         aside = final.with_name(final.name + ".tmp")
         with _disk_errors(final):
-            ranks.from_rank_0(lambda: _fresh_folder(aside))
-            save_sharded(engine.sharded_state_dict(is_loading=False), aside)
-            mine = ranks.on_all_ranks(lambda: seal_files(sorted(aside.glob(f"__{ranks.rank()}_*.distcp"))))
-            entries = {name: entry for part in ranks.gather_all(mine) for name, entry in part.items()}
-            ranks.from_rank_0(lambda: self._publish(aside, final, entries, progress, stage_end))
-        return final
+            ranks.from_rank_0(lambda: self._prepare(aside), group)
+            write_state(state, aside, group)
+            mine = ranks.on_all_ranks(lambda: _seal_own(aside, final), group)
+            entries = {name: entry for part in ranks.gather_all(mine, group) for name, entry in part.items()}
+            return ranks.from_rank_0(lambda: self._publish(aside, final, entries, progress, stage_end), group)
+
+    def _prepare(self, aside: Path) -> None:
+        """Rank 0: room for the new checkpoint. What interrupted saves left behind may be what fills the disk."""
+        self._check_lock()
+        for path in list_leftovers(self.run_dir):
+            remove_tree(path)
+        aside.mkdir(parents=True)
 
     def _publish(
         self, aside: Path, final: Path, entries: dict[str, dict[str, Any]], progress: Progress, stage_end: bool
-    ) -> None:
+    ) -> list[str]:
         """Rank 0's part: the small files, the manifest, the rename, the pointer, the pruning."""
         unseen = [name for name in entries if not (aside / name).is_file()]
         if unseen:
@@ -141,54 +241,39 @@ class CheckpointStore:
                 allowed="a folder on a file system that all ranks share",
                 fix="Point run.dir at shared storage.",
             )
-        rows = rows_fingerprint(self.stages[progress.stage_index])
-        state = {**asdict(progress), "stage_end": stage_end, "stage_rows": rows, **asdict(self.identity)}
-        (aside / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        (aside / CONFIG).write_text(self.config_toml, encoding="utf-8")
+        rows = rows_fingerprint(self._stages[progress.stage_index])
+        state = {**asdict(progress), "stage_end": stage_end, "stage_rows": rows, **asdict(self._identity)}
+        write_durably(aside / STATE, (json.dumps(state, indent=1) + "\n").encode())
+        write_durably(aside / CONFIG, self._config_toml.encode())
         rest = sorted(path for path in aside.iterdir() if path.name not in entries)
         write_manifest(aside, entries | seal_files(rest))
+        self._check_lock()
         if final.exists():  # the same step again, after a resume from an older or repaired checkpoint
-            os.replace(final, _emptied(final.with_name(final.name + ".old")))
+            os.replace(final, final.with_name(final.name + ".old"))
         os.replace(aside, final)
         fsync_path(final.parent)
-        replace_text(final.parent / LATEST, final.name + "\n")
-        self._prune(final)
+        fsync_path(self.run_dir)  # the first checkpoint has made the folder
+        write_latest(self.run_dir, final.name)
+        return self._prune()
 
-    def _prune(self, newest: Path) -> None:
-        """Delete leftovers of interrupted saves and what keep_last does not cover."""
-        for path in newest.parent.iterdir():
-            if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
-        kept = set(list_checkpoints(self.run_dir)[-max(1, self.keep_last) :]) | {newest}
-        for path in list_checkpoints(self.run_dir):
-            if path not in kept and not _is_stage_end(path):
-                old = _emptied(path.with_name(path.name + ".old"))
-                os.replace(path, old)  # a half deleted folder must not look like a checkpoint
-                shutil.rmtree(old)
-
-
-def set_aside_after(run_dir: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond `step` to `NAME.abandoned`, so that a branch that was left is not resumed by chance.
-
-    Returns:
-        The names that were set aside. Nothing is deleted (but an older `.abandoned` of the same name).
-    """
-    names = []
-    for path in list_checkpoints(run_dir):
-        if int(path.name.removeprefix("step_")) > step:
-            os.replace(path, _emptied(path.with_name(path.name + ".abandoned")))
-            names.append(path.name)
-    if names:
-        left = list_checkpoints(run_dir)
-        if left:
-            replace_text(run_dir / FOLDER / LATEST, left[-1].name + "\n")
-        else:
-            (run_dir / FOLDER / LATEST).unlink(missing_ok=True)
-    return names
+    def _prune(self) -> list[str]:
+        """Delete what no rule keeps; a disk that refuses is told of, since the new checkpoint is whole already."""
+        found = list_checkpoints(self.run_dir)
+        try:
+            for path in not_kept(found, keep_last=self._keep_last, keep_every=self._keep_every):
+                delete_checkpoint(path)
+            for path in list_leftovers(self.run_dir):
+                remove_tree(path)
+        except OSError as error:
+            return [f"WARNING: an old checkpoint cannot be deleted: {error}"]
+        return []
 
 
-def load_checkpoint(path: Path, engine: Engine, identity: Identity) -> Progress:
+def load_checkpoint(path: Path, engine: Engine, identity: Identity, *, is_verified: bool = False) -> Progress:
     """Restore model and optimizer from a checkpoint folder; collective over all ranks. The mesh may have changed.
+
+    Args:
+        is_verified: its hashes have been compared already (`find_start` does); otherwise they are now.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model, vocabulary or seed.
@@ -197,8 +282,7 @@ def load_checkpoint(path: Path, engine: Engine, identity: Identity) -> Progress:
 
     state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
     check_identity(path, state, identity)
-    found = ranks.gather_all(find_damage(path, part=ranks.rank(), parts=ranks.world_size()))
-    damage = next((text for text in found if text), "")
+    damage = "" if is_verified else shared_damage(path)
     if damage:
         raise CheckpointError(
             "the checkpoint is damaged",
@@ -210,70 +294,71 @@ def load_checkpoint(path: Path, engine: Engine, identity: Identity) -> Progress:
     return progress_from_state(state)
 
 
-def check_identity(path: Path, state: dict[str, Any], identity: Identity) -> None:
-    """Refuse a checkpoint of another model, vocabulary or data order.
+def shared_damage(path: Path) -> str:
+    """`find_damage`, the hashing shared by all ranks; collective. The same line on every rank."""
+    found = ranks.gather_all(find_damage(path, part=ranks.rank(), parts=ranks.world_size()))
+    return next((text for text in found if text), "")
 
-    Raises:
-        CheckpointError: names the first thing that differs, in terms of the configuration.
-    """
-    theirs = state.get("model", {})
-    different = [key for key in identity.model if theirs.get(key) != identity.model[key]]
-    if different:
-        raise CheckpointError(
-            "the checkpoint belongs to another model",
-            where=str(path),
-            got="; ".join(f"model.{key} = {theirs.get(key)!r} in the checkpoint" for key in different),
-            allowed="; ".join(f"model.{key} = {identity.model[key]!r} in this run" for key in different),
-            fix="Resume with the checkpoint's config.toml, or choose another --run-dir for the new model.",
-        )
-    if state.get("tokenizer") != identity.tokenizer:
-        raise CheckpointError(
-            "the checkpoint was trained with another vocabulary",
-            where=str(path),
-            got=f"tokenizer sha256 {str(state.get('tokenizer'))[:16]}... in the checkpoint",
-            allowed=f"tokenizer sha256 {identity.tokenizer[:16]}... (data.tokenizer)",
-            fix="Point data.tokenizer and data.sources at the data that the run began with.",
-        )
-    if state.get("seed") != identity.seed:
-        raise CheckpointError(
-            "run.seed is not the checkpoint's, so rows would be repeated and left out",
-            where=str(path),
-            got=f"run.seed = {identity.seed}",
-            allowed=f"run.seed = {state.get('seed')}",
-            fix="Use the seed that the run began with.",
-        )
+
+def _seal_own(aside: Path, final: Path) -> dict[str, dict[str, Any]]:
+    """This rank's file, flushed and hashed."""
+    with _disk_errors(final, rank=ranks.rank()):
+        return seal_files(sorted(aside.glob(f"__{ranks.rank()}_*.distcp")))
 
 
 @contextmanager
-def _disk_errors(final: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into a message; BaseException subclasses of PyTorch included."""
-    from torch.distributed.checkpoint.api import CheckpointException
+def _disk_errors(final: Path, *, rank: int = 0) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a message that names the ranks whose disk it is.
+
+    Args:
+        rank: on which a bare OSError arose: rank 0, where all ranks raise what befell it.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
     try:
         yield
     except (OSError, CheckpointException) as error:
+        failures = error.failures if isinstance(error, CheckpointException) else {rank: (error, None)}
+        causes = [f"rank {failed}: {_text(cause)}" for failed, (cause, _) in sorted(failures.items())]
         raise CheckpointError(
-            "the checkpoint could not be written; the previous one is untouched",
+            "the checkpoint could not be written; the one before is untouched",
             where=str(final),
-            got=str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__,
+            got="; ".join(causes[:_MOST_CAUSES]) + (f"; {len(causes)} ranks in all" * (len(causes) > _MOST_CAUSES)),
             fix="Check free space and permissions, then resume with --resume auto.",
         ) from error
 
 
-def _fresh_folder(path: Path) -> None:
-    _emptied(path).mkdir(parents=True)
+def _text(error: BaseException) -> str:
+    text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:400]
 
 
-def _emptied(path: Path) -> Path:
-    """Remove what a crash left at `path`."""
-    if path.exists():
-        shutil.rmtree(path)
-    return path
+def _failure_line(name: str, error: BaseException) -> str:
+    """One line of the log about a save that failed."""
+    if isinstance(error, CheckpointError):
+        return f"ERROR: {name} was not saved: {error.what} ({error.got})"
+    if is_broken_exchange(error):
+        return f"{name} was not saved: ranks lost each other"
+    return f"ERROR: {name} was not saved: {_text(error)}"
 
 
-def _is_stage_end(path: Path) -> bool:
-    """Unreadable state counts as ordinary, so that pruning gets rid of it."""
-    try:
-        return bool(read_state(path).get("stage_end", False))
-    except CheckpointError:
-        return False
+def _say_failure(name: str, error: BaseException) -> None:
+    """At once, on standard error of rank 0 and of the ranks that are to blame: a step may take long."""
+    rank = ranks.rank()
+    if rank == 0 or not isinstance(error, CheckpointError) or f"rank {rank}: " in str(error.got):
+        print(f"moba-train (rank {rank}): {_failure_line(name, error)}", file=sys.stderr, flush=True)
+
+
+__all__ = [
+    "FOLDER",
+    "LATEST",
+    "NAME",
+    "STATE",
+    "CheckpointStore",
+    "list_checkpoints",
+    "load_checkpoint",
+    "read_state",
+    "set_aside_after",
+    "shared_damage",
+    "step_name",
+]

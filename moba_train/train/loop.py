@@ -12,6 +12,7 @@ from typing import Any
 
 from moba_train.config.schema import CheckpointConfig, RunSection
 from moba_train.engine.base import Engine
+from moba_train.parallel import ranks
 from moba_train.train.bad_steps import BadSteps
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import Log
@@ -72,7 +73,7 @@ def train(
         TrainingDiverged: `run.max_bad_steps` steps in a row were not finite; the state was saved first.
         CheckpointError: a checkpoint could not be written.
     """
-    done, bad_steps = start, BadSteps(run.max_bad_steps, start.bad_steps)
+    done, bad_steps = start, BadSteps(run.max_bad_steps, start.bad_steps, start.bad_steps_total)
     stage_index, data, reason = -1, None, "finished" if until_step == schedule.total_steps else "mesh"
 
     def wishes() -> Wishes:
@@ -82,18 +83,23 @@ def train(
         place = schedule.place(step)
         stage = schedule.stages[place.stage_index]
         if data is None or place.stage_index != stage_index:
+            engine.topology.watch.begin(f"opening the data of stage '{stage.name}'", limit="start")
             stage_index, data = place.stage_index, stage_data(place.stage_index)
             begin_stage(engine, schedule, step, data, log)
 
         look_inside = (step + 1) % max(1, run.log_every) == 0 or place.is_stage_end
         this = run_step(engine, schedule, step, data, meter, wishes, log, look_inside)
-        bad_steps.note(step + 1, stage.name, schedule.sample_ids(step), skipped=this.result.skipped)
-        done = Progress(step + 1, stage_index, place.step_in_stage + 1, this.record["tokens"], bad_steps.in_a_row)
-
         record = this.record
+        for line in bad_steps.note(record, schedule.sample_ids(step)):
+            log.line(line)
+        counts = (bad_steps.in_a_row, bad_steps.total)
+        done = Progress(step + 1, stage_index, place.step_in_stage + 1, record["tokens"], *counts)
+
         if not this.wishes.stop:  # what is left of the time may be shorter than an evaluation
             for evaluate in evaluators:
+                engine.topology.watch.begin(f"evaluation after step {done.step}", limit="step")
                 record |= evaluate(done.step, stage.name, place.is_stage_end)
+        record |= store.figures()
         for sink in sinks:
             sink.write(record)
         _tell(store, log)
@@ -106,12 +112,13 @@ def train(
             _save(store, engine, done, stage_end=place.is_stage_end, sinks=sinks)
         if ending:
             if done.step < schedule.total_steps:
-                reason = (
-                    (stopping.reason or "another rank was asked to stop") if this.wishes.stop else "stop_after_steps"
-                )
+                # A signal reaches the ranks at different times; the reason is the first rank's that has one.
+                reasons = [reason for reason in ranks.gather_all(stopping.reason) if reason]
+                reason = reasons[0] if this.wishes.stop else "stop_after_steps"
             break
         stopping.step_done()
 
+    engine.topology.watch.begin("waiting for the last save", limit="save")
     store.finish()
     _tell(store, log)
     bad_steps.raise_if_too_many()
@@ -126,7 +133,7 @@ def _save(
     """Metrics reach the disk before the checkpoint that they lead up to is published."""
     for sink in sinks:
         sink.flush()
-    engine.topology.watch.begin(f"saving step {progress.step}")
+    engine.topology.watch.begin(f"saving step {progress.step}", limit="save")
     store.save(engine, progress, stage_end=stage_end)
 
 

@@ -8,9 +8,11 @@ rank), D head dim, e bytes of an element.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moba_train.config.schema import EngineConfig, ModelConfig, RunConfig, StageConfig
+from moba_train.config.mesh import parallel_of_stage
+from moba_train.config.schema import EngineConfig, ModelConfig, ParallelConfig, RunConfig, StageConfig
 from moba_train.model.plan import count_layer_parameters, full_layer_numbers
 from moba_train.model.tiles import tile_rows
 from moba_train.parallel.volume import STRIDE_BYTES
@@ -34,6 +36,7 @@ class MemoryPlan:
         gathered: keys and values of a whole row, and their gradients, of one stride of KV heads.
         mlp: what one layer needs on top while the backward of its MLP runs.
         loss: a tile of logits, and the last hidden states, their norm and the gradients of both.
+        stages: names of the stages that it holds for, which share a mesh.
     """
 
     libraries: float
@@ -47,6 +50,7 @@ class MemoryPlan:
     gathered: float
     mlp: float
     loss: float
+    stages: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
@@ -56,35 +60,51 @@ class MemoryPlan:
 
 
 def estimate_memory(config: RunConfig) -> MemoryPlan:
-    """Bytes per rank; dp = "auto" counts as 1.
+    """Bytes per rank, on the mesh that needs most where stages have meshes of their own; dp = "auto" counts as 1."""
+    return max(memory_by_mesh(config), key=lambda plan: plan.total)
+
+
+def memory_by_mesh(config: RunConfig) -> list[MemoryPlan]:
+    """One estimate for each mesh that stages run on, in the order of the stages."""
+    stages_of: dict[ParallelConfig, list[StageConfig]] = {} if config.stages else {config.parallel: []}
+    for stage in config.stages:
+        stages_of.setdefault(parallel_of_stage(config.parallel, stage), []).append(stage)
+    return [_estimate(config.model, mesh, config.engine, stages) for mesh, stages in stages_of.items()]
+
+
+def _estimate(
+    model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, stages: Sequence[StageConfig]
+) -> MemoryPlan:
+    """Bytes per rank of stages that share a mesh.
 
     Weights, gradients, optimizer (arXiv 1910.02054, section 3.1): P parameters per rank take 4 P (fp32) or 2 P (bf16)
     bytes of weights, 4 P of gradients, and 8 P (Adam's moments; bf16 adds 4 P of master weights) divided by dp * cp
-    where the optimizer is sharded.
+    where the optimizer is sharded. ZeRO divides gradients too (stage 2), and weights (3); it holds fp32 weights twice.
     """
-    model, parallel, engine = config.model, config.parallel, config.engine
     dp = 1 if parallel.dp == "auto" else parallel.dp
     ends = 1 if model.tied_head or parallel.pp > 1 else 2
     embedding = ends * model.vocab_size * model.hidden_size
     layers = model.num_layers // parallel.pp
     parameters = (embedding + layers * count_layer_parameters(model)) / parallel.tp
-    optimizer = parameters * (12 if engine.precision == "bf16" else 8)
+    zero = engine.zero_stage if engine.kind == "deepspeed" else 0
+    optimizer = parameters * (12 if engine.precision == "bf16" or zero else 8)
     if engine.distributed_optimizer:
         optimizer /= dp * parallel.cp
-    row = max((stage.seq_len for stage in config.stages), default=0)
+    row = max((stage.seq_len for stage in stages), default=0)
     shard = _Shard(model, engine, tokens=row / parallel.cp, tp=parallel.tp)
     return MemoryPlan(
         libraries=CPU_LIBRARIES if engine.device == "cpu" else 0.0,
-        weights=parameters * shard.element,
-        gradients=parameters * 4,
+        weights=parameters * shard.element / (dp * parallel.cp if zero == 3 else 1),
+        gradients=parameters * 4 / (dp * parallel.cp if zero >= 2 else 1),
         optimizer=optimizer,
         data=shard.data + 20 * row,  # the row itself on the host: tokens, labels, mask
         kept=shard.kept(layers, parallel.pp),
-        picks=max((shard.picks(stage) for stage in config.stages), default=0.0),
+        picks=max((shard.picks(stage) for stage in stages), default=0.0),
         attention=shard.attention,
         gathered=shard.gathered(row) if parallel.cp > 1 else 0.0,
         mlp=shard.mlp,
         loss=shard.loss,
+        stages=tuple(stage.name for stage in stages),
     )
 
 
@@ -207,6 +227,10 @@ def memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
         ("total", memory.total, "the largest of attention + gathered, mlp and loss, with all others"),
     )
     title = "memory per rank, estimated" + (" (dp = auto counts as 1)" if config.parallel.dp == "auto" else "")
+    others = [plan for plan in memory_by_mesh(config) if plan.stages != memory.stages]
+    if others:
+        totals = ", ".join(f"{'/'.join(plan.stages)} {plan.total / GIB:.3f} GiB" for plan in others)
+        title += f", on the mesh of {'/'.join(memory.stages)} (in all, on other meshes: {totals})"
     lines = [title, *(f"  {name:<12}{size / GIB:>9.3f} GiB  {how}" for name, size, how in rows)]
     if config.engine.device == "cpu":  # measured by `make million` and its short form
         lines.append("  on a CPU expect 1.3 to 1.4 times the total: memory that was freed stays with the process")

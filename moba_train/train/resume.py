@@ -1,6 +1,7 @@
 """Where a run begins: from nothing, from the newest intact checkpoint of its folder, or from one that is named.
 
-auto    the newest intact checkpoint, saying what was skipped and why; from nothing if the run has none at all
+auto    the newest intact checkpoint, saying what was skipped and why; from nothing if the run has none at all, which
+        is said as well
 never   from nothing, and only in a folder without a previous run
 PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
 """
@@ -8,6 +9,7 @@ PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,22 @@ from typing import Any
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
 from moba_train.parallel import ranks
-from moba_train.train.checkpoint import (
+from moba_train.train.checkpoint import load_checkpoint, shared_damage
+from moba_train.train.manifest import MANIFEST
+from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
+from moba_train.train.run_folder import (
     FOLDER,
     LATEST,
     NAME,
     STATE,
+    list_abandoned,
     list_checkpoints,
-    load_checkpoint,
+    list_leftovers,
+    read_latest,
     read_state,
     set_aside_after,
+    step_of,
 )
-from moba_train.train.manifest import MANIFEST, find_damage
-from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
 from moba_train.train.schedule import Schedule
 
 
@@ -45,51 +51,117 @@ class StartingPoint:
     progress: Progress = field(default_factory=Progress)
 
 
+@dataclass(frozen=True)
+class _Survey:
+    """What a run folder holds, as rank 0 sees it.
+
+    Attributes:
+        checkpoints: oldest first.
+        lost: where there is no checkpoint, what tells that there was one.
+        notes: leftovers and a stray pointer, for the log.
+    """
+
+    checkpoints: tuple[Path, ...]
+    abandoned: tuple[Path, ...]
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def find_start(run_dir: Path, resume: str) -> StartingPoint:
-    """Resolve `--resume`; collective (rank 0 looks, so that all ranks agree).
+    """Resolve `--resume`, and verify what it names; collective (rank 0 looks, all ranks share the hashing).
 
     Raises:
         CheckpointError: `never` in a folder that holds a run; checkpoints, but none intact; a PATH without any.
     """
-    return ranks.from_rank_0(lambda: _find_start(run_dir, resume))
-
-
-def _find_start(run_dir: Path, resume: str) -> StartingPoint:
     if resume == "never":
-        _refuse_used_folder(run_dir)
+        ranks.from_rank_0(lambda: _refuse_used_folder(run_dir))
         return StartingPoint(None, ("starting from nothing (--resume never)",))
-    if resume == "auto":
-        if not list_checkpoints(run_dir):
-            return StartingPoint(None, (f"starting from nothing: no checkpoint in {run_dir / FOLDER}",))
-        return newest_intact(run_dir)
-    return StartingPoint(*_named(Path(resume), "--resume"))
+    if resume != "auto":
+        return _named(Path(resume), "--resume")
+    found = ranks.from_rank_0(lambda: _survey(run_dir))
+    if found.checkpoints:
+        return _newest_intact(run_dir, found)
+    if found.abandoned:
+        raise CheckpointError(
+            "the run has no checkpoint but some that were set aside, so where it stands is not clear",
+            where=str(run_dir / FOLDER),
+            got=", ".join(path.name for path in found.abandoned),
+            fix=f"Name the one to go on from (--resume {found.abandoned[-1]}), or start over in another --run-dir.",
+        )
+    if found.lost:
+        raise CheckpointError(
+            "the run had a checkpoint, but it is gone, and nothing is trained again unasked",
+            where=str(run_dir / FOLDER),
+            got="; ".join(found.lost),
+            fix=f"Restore the checkpoint, or delete {run_dir / FOLDER} to start over.",
+        )
+    return StartingPoint(None, (*found.notes, f"starting from nothing: no checkpoint in {run_dir / FOLDER}"))
 
 
-def resolve_checkpoint(path: Path) -> StartingPoint:
-    """The checkpoint that a run folder or checkpoint folder stands for (for evaluations); collective.
+def resolve_checkpoint(path: Path, *, argument: str = "RUN_OR_CHECKPOINT") -> StartingPoint:
+    """The intact checkpoint that a run folder or checkpoint folder stands for (for evaluations); collective.
+
+    Args:
+        argument: what named the path, for messages.
 
     Raises:
         CheckpointError: there is none, or none is intact.
     """
-    return ranks.from_rank_0(lambda: StartingPoint(*_named(path, "RUN_OR_CHECKPOINT")))
+    return _named(path, argument)
 
 
-def newest_intact(run_dir: Path) -> StartingPoint:
-    """The newest checkpoint whose files match their manifest.
+def newest_step(run_dir: Path, resume: str) -> int:
+    """Finished steps of the newest checkpoint that `--resume` may come to stand for, by what it says of itself alone.
+
+    Whether its files are whole is for `begin` to find out. 0 where there is none, or nothing to be read: `begin` says
+    what is wrong with it.
+    """
+    if resume == "never":
+        return 0
+    path = run_dir if resume == "auto" else Path(resume)
+    with suppress(CheckpointError, OSError):
+        if NAME.fullmatch(path.name) or (path / STATE).exists():
+            return progress_from_state(read_state(path)).step
+    folder = path.parent if path.name == FOLDER else path
+    for checkpoint in reversed(list_checkpoints(folder)):
+        with suppress(CheckpointError):
+            return progress_from_state(read_state(checkpoint)).step
+    return 0
+
+
+def _survey(run_dir: Path) -> _Survey:
+    """Look into a run folder."""
+    checkpoints, latest = list_checkpoints(run_dir), read_latest(run_dir)
+    newest = step_of(checkpoints[-1]) if checkpoints else -1
+    notes = []
+    for path in list_leftovers(run_dir):
+        if path.suffix == ".tmp" and step_of(path) > newest:
+            notes.append(f"skipped {path.name}: its save was cut short")
+    if latest and latest not in [path.name for path in checkpoints]:
+        notes.append(f"{FOLDER}/{LATEST} names {latest[:100]!r}, which is not there; the folders themselves count")
+    lost = [] if checkpoints else [path.name for path in list_leftovers(run_dir) if path.suffix == ".old"]
+    if latest and not checkpoints:
+        lost.append(f"{LATEST} names {latest[:100]!r}")
+    return _Survey(tuple(checkpoints), tuple(list_abandoned(run_dir)), tuple(lost), tuple(notes))
+
+
+def _newest_intact(run_dir: Path, found: _Survey) -> StartingPoint:
+    """The newest checkpoint whose files match their manifest; collective.
 
     Raises:
         CheckpointError: every checkpoint is damaged; the message says how.
     """
-    notes: list[str] = []
-    for path in reversed(list_checkpoints(run_dir)):
+    skipped: list[str] = []
+    for path in reversed(found.checkpoints):
         damage = _damage(path)
         if not damage:
-            return StartingPoint(path, (*notes, f"resuming from {path}"))
-        notes.append(f"skipped {path.name}: {damage}")
+            notes = (*found.notes, *(f"skipped {text}" for text in skipped), f"resuming from {path}")
+            return StartingPoint(path, notes)
+        skipped.append(f"{path.name}: {damage}")
     raise CheckpointError(
         "no checkpoint of the run is intact",
         where=str(run_dir / FOLDER),
-        got="; ".join(notes) or "no checkpoint",
+        got="; ".join(skipped),
         fix="Restore a checkpoint, or start over in another --run-dir.",
     )
 
@@ -111,7 +183,7 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
         return start
     state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
     check_schedule(state, schedule, path)
-    saved = load_checkpoint(path, engine, identity)
+    saved = load_checkpoint(path, engine, identity, is_verified=True)
     left = ranks.from_rank_0(lambda: set_aside_after(run_dir, saved.step))
     notes = (*start.notes, *(f"set aside {name}.abandoned: it lies beyond step {saved.step}" for name in left))
     return StartingPoint(path, notes, saved)
@@ -159,8 +231,24 @@ def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> 
             )
 
 
-def _named(path: Path, argument: str) -> tuple[Path | None, tuple[str, ...]]:
-    """The checkpoint that `argument` of the command line names."""
+def _named(path: Path, argument: str) -> StartingPoint:
+    """The intact checkpoint that `argument` of the command line names; collective."""
+    found = ranks.from_rank_0(lambda: _look_at(path, argument))
+    if found is not None:
+        return _newest_intact(path, found)
+    damage = _damage(path)
+    if damage:
+        raise CheckpointError(
+            "the checkpoint is damaged",
+            where=str(path),
+            got=damage,
+            fix="Name the run folder instead, to take its newest intact checkpoint, or restore the file.",
+        )
+    return StartingPoint(path, (f"resuming from {path}",))
+
+
+def _look_at(path: Path, argument: str) -> _Survey | None:
+    """What a run folder holds; None = the path is one checkpoint."""
     if not path.is_dir():
         raise CheckpointError(
             "there is no such folder",
@@ -170,17 +258,9 @@ def _named(path: Path, argument: str) -> tuple[Path | None, tuple[str, ...]]:
             fix="Check the path.",
         )
     if NAME.fullmatch(path.name) or (path / MANIFEST).exists() or (path / STATE).exists():
-        damage = _damage(path)
-        if damage:
-            raise CheckpointError(
-                "the checkpoint is damaged",
-                where=str(path),
-                got=damage,
-                fix="Name the run folder instead, to take its newest intact checkpoint, or restore the file.",
-            )
-        return path, (f"resuming from {path}",)
-    run_dir = path.parent if path.name == FOLDER else path
-    if not list_checkpoints(run_dir):
+        return None
+    found = _survey(path.parent if path.name == FOLDER else path)
+    if not found.checkpoints:
         raise CheckpointError(
             "the folder holds no checkpoint",
             where=str(path),
@@ -188,15 +268,15 @@ def _named(path: Path, argument: str) -> tuple[Path | None, tuple[str, ...]]:
             allowed="a run folder or a checkpoint folder",
             fix="Name a folder that a run has saved to, or use --resume auto to start from nothing.",
         )
-    found = newest_intact(run_dir)
-    return found.path, found.notes
+    return found
 
 
 def _damage(path: Path) -> str:
-    """ "" for an intact checkpoint, else why it is not."""
-    damage = find_damage(path)
-    if damage:
-        return damage
+    """ "" for an intact checkpoint, else why it is not; collective, the same on every rank."""
+    return shared_damage(path) or ranks.from_rank_0(lambda: _unreadable(path))
+
+
+def _unreadable(path: Path) -> str:
     try:
         read_state(path)
     except CheckpointError as error:

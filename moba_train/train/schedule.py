@@ -86,6 +86,10 @@ class Schedule:
                 )
         raise IndexError(f"step {step} is outside the run of {self.total_steps} steps")
 
+    def stage_of_next_step(self, step: int) -> int:
+        """Index of the stage in which a run goes on after `step` finished steps; the last one where none is left."""
+        return self.place(min(step, self.total_steps - 1)).stage_index
+
     def tokens_after(self, step: int) -> int:
         """Tokens seen once `step` steps are finished; the run's total from its end on."""
         if step >= self.total_steps:

@@ -64,7 +64,7 @@ def run_step(
     place, topology = schedule.place(step), engine.topology
     stage = schedule.stages[place.stage_index]
     sample_ids = rows_of_step(place.step_in_stage, rows_per_step=place.rows, dp_rank=topology.dp_rank, dp=topology.dp)
-    topology.watch.begin(f"step {step + 1}, reading rows")
+    topology.watch.begin(f"step {step + 1}, reading rows", limit="step")
     rows = [data.row(index) for index in sample_ids]
     lr = schedule.lr(step)
     result = engine.train_step(

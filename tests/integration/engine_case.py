@@ -51,7 +51,11 @@ MIXED = Case(
     replace(BASE_MODEL, key_conv=3),
     (replace(MOBA_STAGE, full_layers=FullLayers(last=1)), replace(FULL_STAGE, full_layers=FullLayers(last=1))),
 )
-GROUPED = Case(replace(BASE_MODEL, key_conv=5, qk_norm=True), (replace(MOBA_STAGE, select="group"),), "contiguous")
+GROUPED = Case(
+    replace(BASE_MODEL, key_conv=5, qk_norm=True, qkv_bias=True),
+    (replace(MOBA_STAGE, select="group"),),
+    "contiguous",
+)
 FULL = Case(replace(BASE_MODEL, tied_head=False), (FULL_STAGE,))
 RECOMPUTED = Case(
     replace(BASE_MODEL, key_conv=3),

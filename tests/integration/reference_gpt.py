@@ -49,7 +49,10 @@ def attention(
     x: Tensor, w: dict[str, Tensor], model: ModelConfig, spec: AttentionSpec, cu_seqlens: tuple[int, ...]
 ) -> Tensor:
     heads_per_group = model.num_heads // model.num_kv_heads
-    qkv = (x @ w["self_attention.linear_qkv.weight"].T).view(len(x), model.num_kv_heads, -1, model.head_dim)
+    qkv = x @ w["self_attention.linear_qkv.weight"].T
+    if model.qkv_bias:
+        qkv = qkv + w["self_attention.linear_qkv.bias"]
+    qkv = qkv.view(len(x), model.num_kv_heads, -1, model.head_dim)
     q, k, v = qkv[:, :, :heads_per_group].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
     if model.qk_norm:
         q = rms_norm(q, w["self_attention.q_layernorm.weight"], model)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moba_train.config.schema import HardwareConfig, ParallelConfig
-from moba_train.engine import megatron
+from moba_train.engine import gpt_engine
 from moba_train.engine.base import StepResult
 from moba_train.engine.measured import KEY
 from moba_train.engine.megatron import MegatronEngine, build_engine
@@ -116,7 +116,7 @@ def measuring(found: Hardware | None, parallel: ParallelConfig = PARALLEL) -> Me
     close_topology(keep_process_group=True)
     with pytest.MonkeyPatch.context() as patch:
         if found is not None:
-            patch.setattr(megatron, "hardware_of_run", lambda *_: found)
+            patch.setattr(gpt_engine, "hardware_of_run", lambda *_: found)
         return build_engine(MIXED.model, MIXED.stages, MIXED.engine, MIXED.optimizer, parallel, seed=7)
 
 

@@ -260,7 +260,7 @@ def test_a_device_that_hangs_in_an_exchange_ends_its_process_with_a_message_befo
     assert "rank 1 of 2 broke off: layer 1, transport pull, phase forward/kv: nothing came" in message
     assert "in step 3: forward, layer 1/4, attention" in message
     assert "rank 0: gone" in message
-    assert device.store.kept["alarm"] == b"1"
+    assert device.store.kept["alarm"] == b"1" and device.board.is_hang()
 
 
 def test_events_are_used_again_so_that_exchanges_allocate_nothing() -> None:

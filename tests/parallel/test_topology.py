@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moba_train.config.schema import ParallelConfig
 from moba_train.errors import BackendError, ConfigError
-from moba_train.parallel.topology import RANK_VARIABLES, close_topology, init_topology
+from moba_train.parallel.topology import RANK_VARIABLES, _own_device, close_topology, init_topology
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -84,6 +84,24 @@ def test_half_a_launcher_environment_is_refused(bare_environment: pytest.MonkeyP
     bare_environment.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
         init_topology(ParallelConfig(), device=CPU, timeout_s=30)
+
+
+def test_a_task_of_srun_that_sees_one_device_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert _own_device(torch.device("cuda"), 3) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert _own_device(torch.device("cuda"), 3) == torch.device("cuda", 3)
+    assert taken == [0, 3]
+
+
+def test_ranks_of_torchrun_under_slurm_do_not_share_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_LOCALID", "0")  # one task per node
+    with pytest.raises(BackendError, match="no CUDA device to itself"):
+        _own_device(torch.device("cuda"), 1)
 
 
 def test_a_rank_without_a_cuda_device_is_told_so(bare_environment: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,13 @@ def test_options_that_a_command_does_not_have_are_refused(words: list[str], caps
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["prep", "-h"], ["train", "-h"], ["eval", "niah", "-h"], ["plan", "-h"], ["report", "-h"]]
+    "words",
+    [
+        ["--help"],
+        *([*command.split(), "-h"] for command in ("prep", "train", "eval niah", "plan", "report", "preflight")),
+        *([*command.split(), "-h"] for command in ("checkpoint ls", "checkpoint verify", "checkpoint prune")),
+        *([*command.split(), "-h"] for command in ("data show", "slurm submit", "convert from-hf", "convert to-hf")),
+    ],
 )
 def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

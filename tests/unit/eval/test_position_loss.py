@@ -155,5 +155,5 @@ def test_an_error_of_rank_0_is_raised_on_every_rank() -> None:
 
 def test_data_parallel_ranks_share_the_work_and_get_all_results() -> None:
     (first, results), (second, same) = run_ranks(_indices_of_rank, 2)
-    assert (first, second) == ([0, 2, 4], [1, 3])
+    assert (first, second) == ([0, 2, 4], [1, 3, 4])  # equally often: an evaluation may be collective over all ranks
     assert results == same == [0, 10, 20, 30, 40]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import pkgutil
 import time
@@ -77,8 +79,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, topology: Topology, name: str, 
     assert str(file.parent) in caught.value.where and caught.value.fix
 
 
+GOOD = {"bytes": 1, "sha256": "a" * 64}
+
+
 @pytest.mark.parametrize(
-    "content", [None, "", "[]", '{"files": {}}', '{"files": {"../../etc/x": {"bytes": 1, "sha256": ""}}}']
+    "content",
+    [
+        *(None, "", "[]", '{"files": {}}', '{"files": []}', "[" * 100_000, "x" * ((1 << 24) + 1)),
+        *(json.dumps({"files": {name: GOOD}}) for name in ("../x", "..", "", "a/b", "/x")),
+        *(json.dumps({"files": {"x": GOOD | {"bytes": size}}}) for size in (-1, float("inf"), "1", True, None)),
+        *(json.dumps({"files": {"x": entry}}) for entry in (1, [], {"bytes": 1}, GOOD | {"sha256": "ab"})),
+    ],
 )
 def test_a_manifest_that_cannot_be_used_is_damage(tmp_path: Path, topology: Topology, content: str | None) -> None:
     manifest = saved(tmp_path, topology) / "manifest.json"
@@ -166,19 +177,52 @@ def test_only_the_newest_and_the_ends_of_stages_are_kept(tmp_path: Path, topolog
     ]
 
 
-def test_a_crash_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, topology: Topology) -> None:
-    class FullDisk(ToyEngine):
-        def sharded_state_dict(self, *, is_loading: bool) -> dict[str, object]:
-            raise OSError(28, "No space left on device")
+def test_a_disk_that_refuses_leaves_the_previous_checkpoint(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     saved(tmp_path, topology)
-    with pytest.raises(CheckpointError, match="could not be written") as caught:
-        a_store(tmp_path).save(FullDisk(topology), at(4), stage_end=False)
-    assert "No space left" in str(caught.value.got)
+    with monkeypatch.context() as patch:
+        patch.setattr("moba_train.train.checkpoint.seal_files", full)
+        with pytest.raises(CheckpointError, match="could not be written") as caught:
+            a_store(tmp_path).save(ToyEngine(topology), at(4), stage_end=False)
+    assert str(caught.value.got) == "rank 0: [Errno 28] No space left on device"
+    assert "moba-train (rank 0): ERROR: step_00000004 was not saved" in capfd.readouterr().err
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000003\n"
     a_store(tmp_path).save(ToyEngine(topology), at(4), stage_end=False)
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_nothing_is_deleted_before_the_pointer_names_the_new_checkpoint(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pointed_to = []
+
+    def note(path: Path) -> None:
+        pointed_to.append((path.name, (tmp_path / "checkpoints" / "latest").read_text()))
+
+    monkeypatch.setattr("moba_train.train.checkpoint.delete_checkpoint", note)
+    for step in (1, 2):
+        a_store(tmp_path, keep_last=1).save(ToyEngine(topology), at(step), stage_end=False)
+    assert pointed_to == [("step_00000001", "step_00000002\n")]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_only_regular_files_belong_to_a_checkpoint(tmp_path: Path, topology: Topology, kind: str) -> None:
+    file = saved(tmp_path, topology) / "config.toml"
+    content = file.read_bytes()
+    file.unlink()
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        file.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    assert find_damage(file.parent) == "config.toml is no regular file"
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path, topology: Topology) -> None:
@@ -207,7 +251,7 @@ def test_ranks_that_write_to_different_disks_are_found_out(
 ) -> None:
     elsewhere = {"__1_0.distcp": {"bytes": 1, "sha256": "00"}}
     monkeypatch.setattr(
-        "moba_train.parallel.ranks.gather_all", lambda value: [value] + [elsewhere] * isinstance(value, dict)
+        "moba_train.parallel.ranks.gather_all", lambda value, group: [value] + [elsewhere] * isinstance(value, dict)
     )
     with pytest.raises(CheckpointError, match="not all ranks see the same run folder") as caught:
         saved(tmp_path, topology)
@@ -219,7 +263,14 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("point", ["write_manifest", "seal_files", "replace_text", "os.replace", "shutil.rmtree"])
+POINTS = (
+    *("checkpoint.write_durably", "checkpoint.seal_files", "checkpoint.write_manifest", "checkpoint.os.replace"),
+    *("checkpoint.fsync_path", "checkpoint.write_latest", "manifest.os.replace", "manifest.os.fsync"),
+    *("run_folder.os.replace", "run_folder.shutil.rmtree", "run_folder.fsync_path"),
+)
+
+
+@pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_process_killed_at_any_point_of_a_save_leaves_an_intact_checkpoint(
     tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch, point: str, call: int
@@ -236,7 +287,7 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_an_intact_checkpoint(
             raise Killed
         return original(*args, **kwargs)
 
-    target = f"moba_train.train.checkpoint.{point}"
+    target = f"moba_train.train.{point}"
     original = pkgutil.resolve_name(target)
     with monkeypatch.context() as patch:
         patch.setattr(target, dies)

@@ -28,6 +28,16 @@ def test_weights_gradients_and_optimizer_are_shared_as_the_mesh_says(llama: RunC
     assert whole.optimizer == one.optimizer * 16
 
 
+def test_zero_shares_the_optimizer_then_gradients_then_weights(llama: RunConfig) -> None:
+    mesh = replace(llama.parallel, tp=1, pp=1)  # 16 context-parallel ranks
+    for zero_stage, (weights, gradients) in enumerate(((2, 4), (2, 4 / 16), (2 / 16, 4 / 16)), start=1):
+        engine = replace(llama.engine, kind="deepspeed", zero_stage=zero_stage)  # type: ignore[arg-type]
+        plan = estimate_memory(replace(llama, parallel=mesh, engine=engine))
+        assert plan.weights == pytest.approx(8_030_261_248 * weights)
+        assert plan.gradients == pytest.approx(8_030_261_248 * gradients)
+        assert plan.optimizer == pytest.approx(8_030_261_248 * 12 / 16)
+
+
 def test_what_is_kept_is_one_hidden_state_a_layer_and_everything_without_recompute(llama: RunConfig) -> None:
     hidden = 2**16 * 4096 * 2 / 4  # 1M / 16 tokens, shared by the 4 tensor-parallel ranks
     assert estimate_memory(llama).kept == 32 * hidden

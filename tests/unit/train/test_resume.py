@@ -12,7 +12,7 @@ from moba_train.errors import CheckpointError
 from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore, list_checkpoints
 from moba_train.train.progress import Progress, rows_fingerprint
-from moba_train.train.resume import check_schedule, find_start, resolve_checkpoint
+from moba_train.train.resume import check_schedule, find_start, newest_step, resolve_checkpoint
 from moba_train.train.schedule import build_schedule
 from tests.unit.train.toy import OPTIMIZER, STAGES, ToyEngine, ToyRun, identity
 
@@ -55,6 +55,36 @@ def test_auto_starts_from_nothing_only_where_there_is_nothing(tmp_path: Path, ru
 def test_a_half_written_checkpoint_is_invisible(run_dir: Path) -> None:
     shutil.copytree(checkpoint(run_dir, 6), run_dir / "checkpoints" / "step_00000008.tmp")
     assert find_start(run_dir, "auto").path == checkpoint(run_dir, 6)
+
+
+def test_what_was_cut_short_and_a_pointer_to_nothing_are_told_of(tmp_path: Path, run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step_00000008.tmp").mkdir()
+    (run_dir / "checkpoints" / "latest").write_text("step_00000009\n")
+    start = find_start(run_dir, "auto")
+    assert start.path == checkpoint(run_dir, 6)
+    assert start.notes[0] == "skipped step_00000008.tmp: its save was cut short"
+    assert start.notes[1].startswith("checkpoints/latest names 'step_00000009', which is not there")
+    (tmp_path / "killed" / "checkpoints" / "step_00000002.tmp").mkdir(parents=True)
+    killed = find_start(tmp_path / "killed", "auto")
+    assert killed.path is None and killed.notes[0] == "skipped step_00000002.tmp: its save was cut short"
+    assert killed.notes[1].startswith("starting from nothing: no checkpoint in")
+
+
+def test_auto_does_not_start_over_where_checkpoints_were_set_aside(run_dir: Path) -> None:
+    for step in (2, 4, 6):
+        checkpoint(run_dir, step).rename(run_dir / "checkpoints" / f"step_{step:08d}.abandoned")
+    with pytest.raises(CheckpointError, match="set aside") as caught:
+        find_start(run_dir, "auto")
+    named = run_dir / "checkpoints" / "step_00000006.abandoned"
+    assert f"--resume {named}" in caught.value.fix
+    assert find_start(run_dir, str(named)).path == named
+
+
+def test_the_position_is_known_before_the_files_are_compared(run_dir: Path, tmp_path: Path) -> None:
+    (checkpoint(run_dir, 6) / "state.json").unlink()
+    for path, step in (("auto", 4), ("never", 0), (str(checkpoint(run_dir, 2)), 2), (str(run_dir / "checkpoints"), 4)):
+        assert newest_step(run_dir, path) == step
+    assert newest_step(tmp_path / "none", "auto") == newest_step(run_dir, "/no/such/path") == 0
 
 
 def test_never_refuses_a_folder_that_holds_a_run(tmp_path: Path, run_dir: Path) -> None:

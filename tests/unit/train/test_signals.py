@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from moba_train.train.signals import StopSignals
+from moba_train.train.signals import StopSignals, interrupting
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -34,15 +35,23 @@ def test_a_signal_becomes_a_wish_to_stop(name: str) -> None:
     assert signal.getsignal(getattr(signal, name)) == before
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_an_evaluation_breaks_off_for_any_of_them_as_it_does_for_ctrl_c(name: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interrupting():
+        os.kill(os.getpid(), getattr(signal, name))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def send(*names: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", TWICE, *names]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=REPOSITORY)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_the_same_signal_again_ends_the_process_at_once(name: str) -> None:
-    done = send(name, name)
-    assert done.returncode == -getattr(signal, name)
+@pytest.mark.parametrize("names", [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGINT", "SIGTERM")])
+def test_a_second_signal_ends_the_process_at_once(names: tuple[str, str]) -> None:
+    done = send(*names)
+    assert done.returncode == -getattr(signal, names[1])
     assert "still here" not in done.stdout
 
 
@@ -51,3 +60,29 @@ def test_a_warning_ahead_of_the_time_limit_leaves_time_to_save(names: tuple[str,
     done = send(*names)
     assert done.returncode == 0
     assert "still here" in done.stdout
+
+
+# A mutex that is locked twice: the main thread waits for ever in C, without Python's lock, as in a collective.
+STUCK = """
+import ctypes
+from moba_train.train.signals import StopSignals
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+with StopSignals(burst_s=0.05):
+    libc.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_signal_ends_a_process_whose_main_thread_waits_in_a_collective() -> None:
+    command = [sys.executable, "-c", STUCK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    try:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None, "the first one asks"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    finally:
+        process.kill()

@@ -142,6 +142,8 @@ class ToyRun:
     resume: str = "auto"
     every_steps: int = 2
     keep_last: int = 2
+    keep_every: int = 0
+    asynchronous: bool = True
     max_bad_steps: int = 2
     poisoned: frozenset[int] = frozenset()
     stages: tuple[StageConfig, ...] = STAGES
@@ -155,22 +157,34 @@ class ToyRun:
         start = begin(self.run_dir, self.resume, self.engine, identity(), schedule)
         self.notes = start.notes
         sink = JsonlWriter(self.run_dir / "metrics.jsonl", resume_step=start.progress.step)
+        store = CheckpointStore(
+            self.run_dir,
+            identity(),
+            "[run]\n",
+            self.stages,
+            self.keep_last,
+            keep_every=self.keep_every,
+            asynchronous=self.asynchronous,
+        )
         try:
-            return train(
-                self.engine,
-                schedule=schedule,
-                start=start.progress,
-                until_step=schedule.total_steps,
-                run=RunSection(log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps),
-                checkpoint=CheckpointConfig(every_steps=self.every_steps, keep_last=self.keep_last),
-                stage_data=lambda index: self.data.setdefault(index, ToyRows(index, self.poisoned)),
-                evaluators=self.evaluators,
-                store=CheckpointStore(self.run_dir, identity(), "[run]\n", self.stages, self.keep_last),
-                meter=Meter(MODEL, False, 1, 1, torch.device("cpu"), None),
-                sinks=(sink,),
-                log=self.log,
-                stopping=Stopping(self.signals),
-            )
+            with store:
+                return train(
+                    self.engine,
+                    schedule=schedule,
+                    start=start.progress,
+                    until_step=schedule.total_steps,
+                    run=RunSection(
+                        log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps
+                    ),
+                    checkpoint=CheckpointConfig(every_steps=self.every_steps, keep_last=self.keep_last),
+                    stage_data=lambda index: self.data.setdefault(index, ToyRows(index, self.poisoned)),
+                    evaluators=self.evaluators,
+                    store=store,
+                    meter=Meter(MODEL, False, 1, 1, torch.device("cpu"), None),
+                    sinks=(sink,),
+                    log=self.log,
+                    stopping=Stopping(self.signals),
+                )
         finally:
             sink.close()
 
