@@ -43,9 +43,9 @@ def offences(tree: ast.AST, more_of_pickle: set[str]) -> Iterator[str]:
             for name in names:
                 if name.split(".")[0] in MODULES or (name == "pickle" and isinstance(node, ast.ImportFrom)):
                     yield f"{line} imports {name}"
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
-            if node.attr not in PICKLE | more_of_pickle:
-                yield f"{line} uses pickle.{node.attr}"
+        of_pickle = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
+        if of_pickle and node.attr not in PICKLE | more_of_pickle:
+            yield f"{line} uses pickle.{node.attr}"
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
