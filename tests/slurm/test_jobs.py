@@ -85,13 +85,13 @@ class Site:
 
     def finish(self, name: str, job_id: str) -> dict[str, str]:
         """What is known of the job once it has ended; AssertionError with its log when it failed."""
-        ended = self.slurm.wait_for(job_id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", within_s=150)
+        ended = self.slurm.wait_for(job_id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", within_s=240)
         assert ended["JobState"] == "COMPLETED", f"{ended}\n{self.log(name, job_id)}"
         return ended
 
     def ranks_at_step(self, name: str, step: int) -> list[int]:
         """Process ids of the ranks, as soon as the run has got so far."""
-        wait(lambda: len(self.records(name)) >= step, f"step {step} of {name}", 90)
+        wait(lambda: len(self.records(name)) >= step, f"step {step} of {name}", 150)
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended
@@ -211,9 +211,10 @@ def test_a_job_stopped_by_hand_stays_ended_and_the_next_survives_a_lost_node(sit
 
 
 def test_a_job_that_is_not_to_be_requeued_stays_ended_at_its_time_limit(site: Site, slurm: PrivateSlurm) -> None:
-    job = site.submit("last", *TWO_NODES, "--time", "00:10:00", "--lead", "539")
-    site.ranks_at_step("last", 5)  # a signal now is one for the time limit
+    # Five seconds after the start a signal is one for the time limit; Slurm's own comes a minute later.
+    job = site.submit("last", *TWO_NODES, "--time", "00:20:00", "--lead", "1105")
     site.documented("scontrol update JobId=JOB Requeue=0", "last", job)
+    site.ranks_at_step("last", 5)
     site.documented("scancel --signal=USR1 JOB", "last", job)
     assert site.finish("last", job)["Restarts"] == "0"
     assert "stopped for the time limit (SIGUSR1)" in site.log("last", job)

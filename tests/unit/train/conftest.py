@@ -7,6 +7,7 @@ import torch
 
 from moba_train.config.schema import ParallelConfig
 from moba_train.parallel.topology import Topology, close_topology, init_topology
+from tests.unit.train.hostile import hostile as hostile  # the fixture
 
 
 @pytest.fixture
