@@ -10,7 +10,8 @@ It runs torchrun's agent, which starts the ranks of one node and watches them, w
   as the run gets on. A run that is started again goes on from its newest checkpoint, whatever --resume said.
 - Rank 0 writes to the terminal. The others do so too, each line behind "[rank N]"; with `--log-dir DIR` they write to
   DIR/<time>-<host>-<pid>/start_1/rank_N/{stdout,stderr}.log instead.
-- SIGUSR1 is ignored here, since torchrun would die of it; the ranks install handlers of their own.
+- SIGUSR1 is ignored here, since torchrun would die of it; the ranks install handlers of their own. So is SIGHUP under
+  nohup, whose wish torchrun undoes.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def first_cause(failures: Sequence[Failure]) -> Failure:
 
 
 def describe(failures: Sequence[Failure], logs: Path | None) -> str:
-    """Which rank, what, where; empty when rank 0 has told it on the terminal."""
+    """Which rank, what, where; empty for a mistake that rank 0 has told on the terminal."""
     cause = first_cause(failures)
     if cause.code == EXIT_USER and any(failure.rank == 0 for failure in failures):
         return ""
@@ -115,10 +116,9 @@ def describe(failures: Sequence[Failure], logs: Path | None) -> str:
         lines.append(f"  in {cause.where}")
     elif cause.code < 0:
         lines += [f"  rank {other.rank} was in {other.where}" for other in failures if other.where][:1]
-    if cause.rank != 0:  # rank 0 has told its error itself
-        told = cause.message.splitlines()
-        lines += [f"  {line}" for line in told[:MOST_LINES]]
-        lines += ["  ..."] if len(told) > MOST_LINES else []
+    told = cause.message.splitlines()
+    lines += [f"  {line}" for line in told[:MOST_LINES]]
+    lines += ["  ..."] if len(told) > MOST_LINES else []
     if logs is not None and cause.rank != 0:
         lines.append(f"  log: {logs / f'rank_{cause.rank}'}")
     return "\n".join(lines)
@@ -201,6 +201,7 @@ class Agent(LocalElasticAgent):
     def __init__(self, run: RunFolder, logs: RankLogs, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._run, self._logs = run, logs
+        self._outlives_terminal = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup wants it
         self._mesh_steps: set[int] = set()
         self._store_of_start: TCPStore | None = None
 
@@ -219,6 +220,12 @@ class Agent(LocalElasticAgent):
             worker_group.master_port = int(store.get("port of this start"))
         store.set(f"restarts left on node {node}", str(self._remaining_restarts))
         self._remaining_restarts = min(int(store.get(f"restarts left on node {i}")) for i in range(nodes))
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        if self._outlives_terminal:  # torchrun has just put a handler of its own in place
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)

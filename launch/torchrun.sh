@@ -15,7 +15,8 @@
 #                     model take longer. (torch >= 2.13)
 #
 # SIGUSR1 or SIGTERM to the ranks saves and stops after the current step. torchrun's own agent would die of SIGUSR1, so
-# it ignores the signal here; the ranks install handlers of their own. It passes SIGTERM on and ends with 143.
+# it ignores the signal here; the ranks install handlers of their own. It passes SIGTERM on and ends with 143. A terminal
+# that closes ends all of it without a save, unless it was started by nohup, which plain torchrun does not heed.
 # Ends with the exit code of the rank that failed first, 128 + n if signal n ended it (137: killed, often for memory).
 set -euo pipefail
 if [ $# -lt 2 ]; then

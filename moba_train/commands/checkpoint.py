@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from moba_train.errors import CheckpointError
 from moba_train.train.manifest import OnBytes, damages, read_manifest
 from moba_train.train.run_folder import (
+    CONFIG,
     FOLDER,
     delete_checkpoint,
     is_stage_end,
@@ -80,6 +82,9 @@ def run_verify(run: Path, *, step: int | None, every: bool) -> int:
     damaged = []
     for path in paths:
         found = _verify(path)
+        if found and not path.is_dir():
+            print(f"{path.name}: deleted meanwhile, by the job that writes to this run")
+            continue
         for line in found:
             print(f"{path.name}: DAMAGED: {line}")
         if found:
@@ -102,6 +107,7 @@ def run_prune(run: Path, *, keep_last: int, keep_every: int, stage_ends: bool, a
     The newest checkpoint whose contents are whole is never deleted.
 
     Args:
+        keep_every: 0 = as the run itself has it (checkpoint.keep_every).
         stage_ends: delete ends of stages too.
         abandoned: delete checkpoints that were set aside too.
         dry_run: only say what would be deleted.
@@ -110,6 +116,8 @@ def run_prune(run: Path, *, keep_last: int, keep_every: int, stage_ends: bool, a
         CheckpointError: a job is writing to the run folder, or the disk refuses.
     """
     run_dir = _run_folder(run)
+    if not keep_every and (keep_every := _keep_every_of(run_dir)):
+        print(f"multiples of {keep_every} steps are kept, as in the run's config.toml (--keep-every M for others)")
     with locked(run_dir):
         paths = list_checkpoints(run_dir)
         whole = next((path for path in reversed(paths) if not _verify(path)), None)
@@ -130,6 +138,13 @@ def run_prune(run: Path, *, keep_last: int, keep_every: int, stage_ends: bool, a
             freed += size
     kept = len(paths) - len(going)
     print(f"{'would free' if dry_run else 'freed'} {_bytes(freed)}; {kept} checkpoints are kept")
+    return 0
+
+
+def _keep_every_of(run_dir: Path) -> int:
+    """checkpoint.keep_every in the run's config.toml; 0 where that does not say."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(tomllib.loads((run_dir / CONFIG).read_text("utf-8"))["checkpoint"]["keep_every"])
     return 0
 
 
@@ -216,7 +231,10 @@ def _bytes(size: int) -> str:
 
 
 def _written(path: Path) -> str:
-    return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+    except OSError:
+        return "gone meanwhile"  # published or deleted, by the job that writes to this run
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -37,6 +37,9 @@ with quiet_imports():
 if TYPE_CHECKING:
     from moba_train.train.weights import InitialWeights
 
+# Ranks that write wait for one another as long as the watchdog lets them, and then leave it time to speak.
+_NO_LIMIT_S = 7 * 86400.0
+_WATCHDOG_SPEAKS_S = 60.0
 _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
 
 
@@ -58,7 +61,12 @@ def joined_ranks(config: RunConfig, *, run_dir: Path | None = None) -> Iterator[
     """
     with ends_within(config.watchdog.start_s):
         device = choose_device(config.engine.device)
-        topology = init_topology(config.parallel, device=device, timeout_s=config.engine.timeout_s)
+        topology = init_topology(
+            config.parallel,
+            device=device,
+            timeout_s=config.engine.timeout_s,
+            save_timeout_s=(config.watchdog.save_s or _NO_LIMIT_S) + _WATCHDOG_SPEAKS_S,
+        )
     try:
         with (
             guarded(

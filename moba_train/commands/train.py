@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,8 @@ from moba_train.train.signals import StopSignals
 from moba_train.train.stopping import Stopping, deadlines, first_save_s
 from moba_train.train.summary import RunSummary
 
+OUTCOME = "outcome.json"
+
 
 def run_train(config: RunConfig, *, resume: str) -> int:
     """Train as configured; returns the exit code: 0, also for a planned stop, or EXIT_MESH.
@@ -64,10 +66,11 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     here = on_mesh_of_next_stage(config, resume)
     with (
         joined_ranks(here, run_dir=run_dir) as topology,
-        StopSignals() as signals,
+        StopSignals(say=_say if topology.is_first_rank else None) as signals,
         nullcontext(_preflight(config, topology)) as checked,
         run_lock(run_dir, say=_say) as (check_lock, lock_notes),
     ):
+        ranks.from_rank_0(lambda: (run_dir / OUTCOME).unlink(missing_ok=True))  # that of an earlier job
         ends = deadlines(config.run.stop_after)
         schedule = build_schedule(config.stages, config.optimizer)
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -103,8 +106,9 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                 )
         finally:
             for sink in sinks:
-                sink.close()
-        ranks.from_rank_0(lambda: replace_text(run_dir / "outcome.json", _outcome_text(outcome)))
+                with suppress(OSError):  # what a disk has refused is known already
+                    sink.close()
+        ranks.from_rank_0(lambda: replace_text(run_dir / OUTCOME, _outcome_text(outcome)))
         for line in (*summary.lines(), _farewell(outcome, config, schedule)):
             log.line(line)
     if outcome.reason != "mesh":

@@ -71,7 +71,9 @@ class Topology:
         return replica_ranks(tp=self.tp, cp=self.cp, pp=self.pp, dp=self.dp)
 
 
-def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: float) -> Topology:
+def init_topology(
+    parallel: ParallelConfig, *, device: torch.device, timeout_s: float, save_timeout_s: float = 0.0
+) -> Topology:
     """Join the other ranks and build all groups. Collective over all ranks of the job.
 
     Under torchrun, RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* say who the others are; without any of them this process
@@ -81,6 +83,7 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
         parallel: degrees of the mesh; dp = "auto" takes what tp * cp * pp leaves.
         device: torch.device("cpu") or ("cuda"); LOCAL_RANK chooses among several CUDA devices.
         timeout_s: a rank that others wait for longer than this has ended the job, and all have said so (sentry.py).
+        save_timeout_s: of `save_group`, where longer: one rank may write for longer than the others.
 
     Raises ConfigError when the degrees do not multiply to the number of ranks or the launcher's variables are
     incomplete, BackendError when this process has no CUDA device to itself.
@@ -123,7 +126,7 @@ def init_topology(parallel: ParallelConfig, *, device: torch.device, timeout_s: 
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         control_group=control_group,
         replica_group=replica_group,
-        save_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s)),
+        save_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(limit_s, save_timeout_s))),
         device=device,
         watch=Watch(device),
     )

@@ -12,6 +12,7 @@ This is not `engine.timeout_s`: that one bounds how long a rank waits for anothe
 shorter. The watchdog sees what no collective sees: one rank alone, all ranks stuck alike, and the thread of a save.
 
 Time in which the process was stopped (SIGSTOP, a debugger that is attached) counts little: a gap counts as three looks.
+The timer knows nothing of this; a stop longer than the limit may end the process when it goes on.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from moba_train.config.schema import StageConfig
 from moba_train.engine.base import Engine
-from moba_train.errors import CheckpointError
+from moba_train.errors import CheckpointError, UserError
 from moba_train.parallel import ranks
 from moba_train.parallel.watch import is_broken_exchange
 from moba_train.train.manifest import find_damage, fsync_path, seal_files, write_durably, write_manifest
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from moba_train.train.megatron_io import HostBuffers, HostState  # megatron.core takes a second to import
 
 BREAK_OFF_S = 30.0
-"""When training breaks off by an error, a save in flight may still take this long to be published."""
+"""When training breaks off by an error of our own, a save in flight may still take this long to be published."""
 _MOST_CAUSES = 4
 """Ranks that a message names."""
 
@@ -119,10 +119,12 @@ class CheckpointStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Training broke off: a save in flight counts if it ends soon. What it meets must not hide `error`.
 
-        Nobody waits when ranks were lost, since it cannot end then, nor after a second signal.
+        All ranks meet a UserError (the data of the next stage are damaged), so the save can end and is waited for;
+        the watchdog's limit for saves holds. Nobody waits when ranks were lost, since it cannot end then, nor after a
+        second signal.
         """
         if self._task is not None and isinstance(error, Exception) and not is_broken_exchange(error):
-            self._task.wait(BREAK_OFF_S)
+            self._task.wait(None if isinstance(error, UserError) else BREAK_OFF_S)
 
     @property
     def has_failed(self) -> bool:
@@ -133,6 +135,11 @@ class CheckpointStore:
     def save_time_s(self) -> float:
         """The longest save so far, from the call to the publication."""
         return max(self._longest_s, self._task.save_s if self._task is not None else 0.0)
+
+    @property
+    def in_flight_s(self) -> float | None:
+        """For how long the save that is being written has been under way; None = there is none."""
+        return None if self._task is None or self._task.is_over else self._task.age_s
 
     def news(self) -> list[str]:
         """Lines for the log since the last call."""

@@ -16,7 +16,7 @@ from moba_train.parallel import ranks
 from moba_train.train.bad_steps import BadSteps
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import Log
-from moba_train.train.metrics import MetricSink
+from moba_train.train.metrics import MetricSink, Records
 from moba_train.train.progress import Progress
 from moba_train.train.record import Meter, Wishes
 from moba_train.train.schedule import Schedule
@@ -72,12 +72,15 @@ def train(
     Raises:
         TrainingDiverged: `run.max_bad_steps` steps in a row were not finite; the state was saved first.
         CheckpointError: a checkpoint could not be written.
+        UserError: metrics could not be written; the state was saved first.
     """
     done, bad_steps = start, BadSteps(run.max_bad_steps, start.bad_steps, start.bad_steps_total)
+    records = Records(sinks)
     stage_index, data, reason = -1, None, "finished" if until_step == schedule.total_steps else "mesh"
 
     def wishes() -> Wishes:
-        return Wishes(stop=bool(stopping.wish(store.save_time_s)), save_failed=store.has_failed)
+        stop = stopping.wish(store.save_time_s, store.in_flight_s)
+        return Wishes(stop=bool(stop) or records.failed, save_failed=store.has_failed)
 
     for step in range(start.step, until_step):
         place = schedule.place(step)
@@ -89,54 +92,56 @@ def train(
 
         look_inside = (step + 1) % max(1, run.log_every) == 0 or place.is_stage_end
         this = run_step(engine, schedule, step, data, meter, wishes, log, look_inside)
-        record = this.record
+        record, agreed = this.record, this.wishes
         for line in bad_steps.note(record, schedule.sample_ids(step)):
             log.line(line)
         counts = (bad_steps.in_a_row, bad_steps.total)
         done = Progress(step + 1, stage_index, place.step_in_stage + 1, record["tokens"], *counts)
 
-        if not this.wishes.stop:  # what is left of the time may be shorter than an evaluation
+        # When a run ends before its time, what is left of that may be shorter than an evaluation.
+        if not (agreed.stop or agreed.save_failed):
+            evaluated: dict[str, Any] = {}
             for evaluate in evaluators:
                 engine.topology.watch.begin(f"evaluation after step {done.step}", limit="step")
-                record |= evaluate(done.step, stage.name, place.is_stage_end)
+                evaluated |= evaluate(done.step, stage.name, place.is_stage_end)
+            if evaluated:  # which may have taken longer than the step: no signal waits for another one
+                agreed = meter.agree_on(Wishes(stop=bool(stopping.signalled())))
+            record |= evaluated
         record |= store.figures()
-        for sink in sinks:
-            sink.write(record)
-        _tell(store, log)
-        if this.wishes.save_failed:
+        records.write(record)
+        _tell(store, records, log)
+        if agreed.save_failed:
             store.finish()
 
         planned_stop = 0 < run.stop_after_steps <= done.step - start.step
-        ending = this.wishes.stop or planned_stop or bad_steps.too_many
+        ending = agreed.stop or planned_stop or bad_steps.too_many
         if ending or place.is_stage_end or (checkpoint.every_steps and done.step % checkpoint.every_steps == 0):
-            _save(store, engine, done, stage_end=place.is_stage_end, sinks=sinks)
+            _save(store, engine, done, stage_end=place.is_stage_end, records=records)
         if ending:
             if done.step < schedule.total_steps:
                 # A signal reaches the ranks at different times; the reason is the first rank's that has one.
                 reasons = [reason for reason in ranks.gather_all(stopping.reason) if reason]
-                reason = reasons[0] if this.wishes.stop else "stop_after_steps"
+                reason = reasons[0] if agreed.stop and reasons else "stop_after_steps"
             break
         stopping.step_done()
 
     engine.topology.watch.begin("waiting for the last save", limit="save")
     store.finish()
-    _tell(store, log)
+    _tell(store, records, log)
+    ranks.from_rank_0(records.raise_failure)
     bad_steps.raise_if_too_many()
     how = "finished" if reason == "finished" else f"stopped ({reason})"
     log.line(f"{how} after step {done.step}/{schedule.total_steps}")
     return TrainOutcome(done.step == schedule.total_steps, done, reason)
 
 
-def _save(
-    store: CheckpointStore, engine: Engine, progress: Progress, *, stage_end: bool, sinks: Sequence[MetricSink]
-) -> None:
+def _save(store: CheckpointStore, engine: Engine, progress: Progress, *, stage_end: bool, records: Records) -> None:
     """Metrics reach the disk before the checkpoint that they lead up to is published."""
-    for sink in sinks:
-        sink.flush()
+    records.flush()
     engine.topology.watch.begin(f"saving step {progress.step}", limit="save")
     store.save(engine, progress, stage_end=stage_end)
 
 
-def _tell(store: CheckpointStore, log: Log) -> None:
-    for line in store.news():
+def _tell(store: CheckpointStore, records: Records, log: Log) -> None:
+    for line in (*store.news(), *records.news()):
         log.line(line)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from moba_train.errors import UserError
 from moba_train.train.manifest import replace_text
 
 Record = Mapping[str, Any]
@@ -33,6 +35,59 @@ class MetricSink(Protocol):
     def close(self) -> None:
         """Release files and terminals."""
         ...
+
+
+class Records:
+    """All sinks of a rank.
+
+    A disk that refuses is kept in mind, since the other ranks do not see it: the run saves and ends after the next
+    step, on all ranks alike.
+    """
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = sinks
+        self._error: OSError | None = None
+        self._is_told = False
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def write(self, record: Record) -> None:
+        for sink in self._sinks:
+            with self._kept_in_mind():
+                sink.write(record)
+
+    def flush(self) -> None:
+        for sink in self._sinks:
+            with self._kept_in_mind():
+                sink.flush()
+
+    def news(self) -> list[str]:
+        """Lines for the log since the last call."""
+        if self._error is None or self._is_told:
+            return []
+        self._is_told = True
+        return [f"ERROR: metrics cannot be written: {self._error}; the run saves and ends"]
+
+    def raise_failure(self) -> None:
+        """UserError if something could not be written."""
+        if self._error is not None:
+            raise UserError(
+                "the metrics could not be written; the run has saved its state and ends",
+                where="metrics.jsonl or tensorboard/ in the run folder",
+                got=str(self._error),
+                fix="Check free space and permissions, then resume with --resume auto.",
+            ) from self._error
+
+    @contextmanager
+    def _kept_in_mind(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # whoever read our output has gone
+            raise
+        except OSError as error:
+            self._error = self._error or error
 
 
 class JsonlWriter:

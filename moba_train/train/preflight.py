@@ -157,7 +157,7 @@ def run_preflight(
                 probe,
                 folder_failures,
                 data_failures,
-                _disk(config, folder) if topology.rank == 0 else (0, 0),
+                ranks.from_rank_0(lambda: _disk(config, folder)),
                 is_saver=topology.dp_rank == topology.cp_rank == 0,
             )
             everyone = ranks.gather_all(told)
@@ -171,7 +171,8 @@ def run_preflight(
 
 
 def _disk(config: RunConfig, folder: Path) -> tuple[int, int]:
-    return facts_of.free_disk(folder), facts_of.reclaimed_disk(Path(config.run.dir), config.checkpoint)
+    run_dir = Path(config.run.dir)
+    return facts_of.free_disk(folder, run_dir), facts_of.reclaimed_disk(run_dir, config.checkpoint)
 
 
 def _look(config: RunConfig, topology: Topology) -> RankFacts:

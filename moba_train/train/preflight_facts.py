@@ -11,7 +11,7 @@ import os
 import platform
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,10 +28,11 @@ from moba_train.train.run_folder import list_checkpoints, list_leftovers, not_ke
 _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
 _SOURCES = ("moba_train", "moba_kernels")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Control groups, version 2 and 1: limit, what is taken, and how much of that is file cache that can be dropped.
+# Control groups, version 2 and 1: limit, what is taken, and what of that is cache of files, which the kernel drops when
+# memory is asked for. Data that were read twice stand in the active part: a job that is started again finds it full.
 _GROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
 
@@ -105,13 +106,13 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 break
 
 
-def _left_in_group(group: Path, limit: str, taken: str, cache: str) -> int:
+def _left_in_group(group: Path, limit: str, taken: str, cache: tuple[str, ...]) -> int:
     """Bytes; more than any machine has where there is no limit."""
     text = (group / limit).read_text().strip()
     if text == "max":
         return 1 << 62
     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int(text) - int((group / taken).read_text()) + int(stat.get(cache, 0))
+    return int(text) - int((group / taken).read_text()) + sum(int(stat.get(name, 0)) for name in cache)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -119,19 +120,31 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes that this user may still write to the file system of `folder` (quotas are not known)."""
+def free_disk(folder: Path, run_dir: Path) -> int:
+    """Bytes that this user may still write to the file system of `folder` (quotas are not known).
+
+    What interrupted saves left in the run folder counts as free: it goes before the next one is written.
+    """
     found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    return found.f_bavail * found.f_frsize + _bytes_in(list_leftovers(run_dir))
 
 
 def reclaimed_disk(run_dir: Path, checkpoint: CheckpointConfig) -> int:
-    """Bytes of leftovers and of the checkpoints that go once the next one is published."""
+    """Bytes of the checkpoints that go once the next one is published."""
     present = list_checkpoints(run_dir)
     after_next = [*present, run_dir / step_name(1 + max(map(step_of, present), default=0))]
-    going = not_kept(after_next, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every)
-    folders = (*going, *list_leftovers(run_dir))
-    return sum(file.stat().st_size for path in folders for file in path.rglob("*") if file.is_file())
+    return _bytes_in(not_kept(after_next, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every))
+
+
+def _bytes_in(folders: Iterable[Path]) -> int:
+    """Of their files. Folders may vanish meanwhile: this job does not hold the lock of the run yet, another one may."""
+    total = 0
+    for folder in folders:
+        with suppress(OSError):
+            for file in folder.iterdir():
+                with suppress(OSError):
+                    total += file.lstat().st_size
+    return total
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,8 @@ def check_disk(free: int, reclaimed: int, need: Need, folder: str) -> Result:
     """There is room for the next checkpoint, and, with what pruning gives back, for the one after it.
 
     Args:
-        reclaimed: bytes of checkpoints and leftovers that go once the next checkpoint is published.
+        free: what interrupted saves have left there included.
+        reclaimed: bytes of checkpoints that go once the next one is published.
     """
     needed = CHECKPOINTS * need.checkpoint
     failures = []

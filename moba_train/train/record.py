@@ -58,10 +58,14 @@ class Meter:
         mine = PairCounts()
         for row in rows:
             mine = mine + row_pairs(self.model, stage, row.cu_seqlens)
-        own = [float(wishes.stop), float(wishes.save_failed)]
-        values = [*own, mine.attended, mine.causal, mine.gate, mine.gate_group]
+        values = [*_numbers(wishes), mine.attended, mine.causal, mine.gate, mine.gate_group]
         stop, save_failed, *pairs = ranks.sum_over_ranks(values, self.device)
         return Wishes(stop > 0, save_failed > 0), PairCounts(*(value / self.replicas for value in pairs))
+
+    def agree_on(self, wishes: Wishes) -> Wishes:
+        """One collective: what any rank wishes."""
+        stop, save_failed = ranks.sum_over_ranks(_numbers(wishes), self.device)
+        return Wishes(stop > 0, save_failed > 0)
 
     def performance(self, *, step_time_s: float, num_tokens: int, pairs: PairCounts) -> dict[str, float]:
         """The `perf/*` numbers and `train/density` of a step; TFLOP/s are per rank."""
@@ -81,6 +85,10 @@ class Meter:
         if self.peak_tflops is not None:
             numbers["perf/mfu"] = numbers["perf/tflops"] / self.peak_tflops
         return numbers
+
+
+def _numbers(wishes: Wishes) -> list[float]:
+    return [float(wishes.stop), float(wishes.save_failed)]
 
 
 def step_record(

@@ -3,7 +3,8 @@
 Two things say that a lock is held:
 
 flock      the kernel lets go of it when the process ends, however it ends. On some shared file systems it counts on one
-           node alone, on others there is none.
+           node alone, on others there is none; where it counts on all nodes, the server of the disk keeps it for a
+           while (NFS: 90 s and more) after the node of its holder has died.
 heartbeat  a thread refreshes the file's time every few seconds. A lock of another machine (another boot of its kernel)
            that has not been refreshed for a while is stale: its job has died.
 
@@ -33,6 +34,8 @@ BEAT_S = 10.0
 """Seconds between two signs of life."""
 STALE_S = 60.0
 """A heartbeat that is older than this has stopped."""
+LEASE_S = 240.0
+"""A server has let go of the lock of a dead machine when its heartbeat has stood still for this long."""
 _LOCK_BYTES = 4096
 _NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
 
@@ -69,7 +72,7 @@ class RunLock:
     Args:
         run_dir: made if it is not there, and removed again if nothing but the lock has come into it.
         me: who asks for the lock.
-        beat_s, stale_s: see BEAT_S and STALE_S.
+        beat_s, stale_s, lease_s: see BEAT_S, STALE_S and LEASE_S.
         flock: `fcntl.flock` (tests pass one of a lesser file system).
     """
 
@@ -80,12 +83,14 @@ class RunLock:
         *,
         beat_s: float = BEAT_S,
         stale_s: float = STALE_S,
+        lease_s: float = LEASE_S,
         flock: Callable[[int, int], None] = fcntl.flock,
     ) -> None:
         self._path = run_dir / LOCK
         self._me = me
         self._beat_s = beat_s
         self._stale_s = stale_s
+        self._lease_s = lease_s
         self._flock = flock
         self._file = -1
         self._has_made_folder = False
@@ -168,19 +173,28 @@ class RunLock:
             if error.errno in _NO_FLOCK:
                 self._me = replace(self._me, has_flock=False)
             elif error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise self._refusal(_read(self._path)) from error
+                self._hope_for_lease(_read(self._path))
             else:
                 raise
+
+    def _hope_for_lease(self, holder: Holder | None) -> None:
+        """The flock is taken. _HeldError where that may be what a dead machine has left, else CheckpointError."""
+        if holder is None or holder.boot == self._me.boot:
+            raise self._refusal(holder)
+        age_s = self._silence_s(holder)
+        if age_s > self._lease_s:
+            raise self._refusal(holder, f", which has given no sign of life for {age_s:.0f} s")
+        self._let_go()  # the next attempt asks again
+        raise _HeldError(
+            f"the run folder is locked by {holder}, whose last sign of life was {max(0.0, age_s):.0f} s ago; waiting "
+            "for another one, or for the file system to give the lock up"
+        )
 
     def _judge(self, before: Holder) -> str:
         """The line that says that `before` is dead. _HeldError while it may live, CheckpointError when it does."""
         if before.boot == self._me.boot and before.has_flock and self._me.has_flock:
             return f"took over the run folder from {before}, which has died"
-        beat_ns = self._path.stat().st_mtime_ns
-        if self._seen is not None and self._seen != (before, beat_ns):
-            raise self._refusal(before)
-        self._seen = (before, beat_ns)
-        age_s = (_folder_time_ns(self._path.parent) - beat_ns) / 1e9
+        age_s = self._silence_s(before)
         if age_s < self._stale_s:
             raise _HeldError(
                 f"the run folder was held {max(0.0, age_s):.0f} s ago by {before}; waiting for {self._stale_s:.0f} s "
@@ -188,11 +202,19 @@ class RunLock:
             )
         return f"took over the run folder from {before}, which has given no sign of life for {age_s:.0f} s"
 
-    def _refusal(self, holder: Holder | None) -> CheckpointError:
+    def _silence_s(self, holder: Holder) -> float:
+        """Seconds since its last sign of life. CheckpointError if there was one since the last attempt."""
+        beat_ns = self._path.stat().st_mtime_ns
+        if self._seen is not None and self._seen != (holder, beat_ns):
+            raise self._refusal(holder)
+        self._seen = (holder, beat_ns)
+        return (_folder_time_ns(self._path.parent) - beat_ns) / 1e9
+
+    def _refusal(self, holder: Holder | None, since: str = "") -> CheckpointError:
         return CheckpointError(
             "another job is writing to the run folder",
             where=str(self._path),
-            got=f"held by {holder or 'a process that has not said its name yet'}",
+            got=f"held by {holder or 'a process that has not said its name yet'}{since}",
             allowed="one job at a time",
             fix="Stop that job, or choose another --run-dir (--resume PATH reads this run from there).",
         )

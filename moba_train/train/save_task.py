@@ -57,6 +57,11 @@ class SaveTask:
         return self._over.is_set()
 
     @property
+    def age_s(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self._begun_s
+
+    @property
     def failed(self) -> bool:
         return self.is_over and self.error is not None
 

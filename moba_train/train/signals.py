@@ -18,8 +18,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -34,10 +34,13 @@ class StopSignals:
 
     Args:
         burst_s: repetitions within this time count as the same request.
+        say: told at once, in the thread, what a first signal leads to: the step under way may take minutes, and who
+            believes that ctrl-C went unheard asks again.
     """
 
-    def __init__(self, *, burst_s: float = 1.0) -> None:
+    def __init__(self, *, burst_s: float = 1.0, say: Callable[[str], None] | None = None) -> None:
         self._burst_s = burst_s
+        self._say = say
         self._first_s = math.inf
         self._previous: dict[signal.Signals, Any] = {}
         self._previous_fd = -1
@@ -81,6 +84,23 @@ class StopSignals:
         while heard := self._heard.recv(64):
             for signum in heard:
                 self._hear(signum)
+                self._tell(signum)
+
+    def _tell(self, signum: int) -> None:
+        if self._say is None or signum not in ASKING:
+            return
+        say, self._say = self._say, None
+        told = (
+            f"{signal.Signals(signum).name}: the run saves and stops after the step under way; a second SIGTERM or "
+            "SIGINT ends it at once, without a save"
+        )
+
+        def tell() -> None:
+            with suppress(OSError):  # a terminal that has gone
+                say(told)
+
+        # in a thread of its own: where nobody reads what is printed, the second signal must be heard all the same
+        threading.Thread(target=tell, name="answer to a signal", daemon=True).start()
 
     def _hear(self, signum: int) -> None:
         if signum not in ENDING:

@@ -4,6 +4,7 @@ A deadline is met by stopping early enough: after a step, when what is left is l
 minute. Both are measured. A step is the longest of the last twenty (the first ones compile kernels and open data; a new
 stage has longer ones) plus the longest that ever followed one (evaluations, and the begin of a save, are rare). A save
 is the longest so far, from its begin to its publication; before there was one it is estimated from the state's size.
+The last save waits for one that is still being written, so what that one may still take counts too.
 """
 
 from __future__ import annotations
@@ -72,15 +73,21 @@ class Stopping:
         self._longest_rest_s = 0.0
         self._step_began_s = self._step_ended_s = clock()
 
-    def wish(self, save_time_s: float) -> str:
+    def wish(self, save_time_s: float, in_flight_s: float | None = None) -> str:
         """Why this rank wishes to stop after the step that has just been done, or "".
 
         Args:
             save_time_s: of the longest save so far; 0 = there was none.
+            in_flight_s: for how long a save has been under way beside the training; None = there is none.
         """
         self._step_ended_s = self._clock()
         self._steps_s.append(self._step_ended_s - self._step_began_s)
-        self.reason = self.reason or self._signals.requested or self._deadline_is_near(save_time_s)
+        self.reason = self.reason or self._signals.requested or self._deadline_is_near(save_time_s, in_flight_s)
+        return self.reason
+
+    def signalled(self) -> str:
+        """Why this rank wishes to stop after an evaluation, or "": a signal; deadlines have reckoned with it."""
+        self.reason = self.reason or self._signals.requested
         return self.reason
 
     def step_done(self) -> None:
@@ -112,15 +119,20 @@ class Stopping:
             f"{MARGIN_S:.0f} s",
         )
 
-    def _deadline_is_near(self, save_time_s: float) -> str:
+    def _deadline_is_near(self, save_time_s: float, in_flight_s: float | None) -> str:
         if self._deadline is None:
             return ""
         left_s = self._deadline.at_s - self._step_ended_s
         step_s = max(self._steps_s) + self._longest_rest_s
         save_s, what = (save_time_s, "a save") if save_time_s > 0 else (self._first_save_s, "a save perhaps")
-        if left_s > step_s + save_s + MARGIN_S:
+        before_s, told = 0.0, ""
+        if in_flight_s is not None:
+            save_s = max(save_s, in_flight_s)
+            before_s = save_s - in_flight_s
+            told = f", the one under way {before_s:.1f} s more"
+        if left_s > step_s + before_s + save_s + MARGIN_S:
             return ""
-        return f"{self._deadline.name}: {left_s:.0f} s left, a step takes {step_s:.1f} s, {what} {save_s:.1f} s"
+        return f"{self._deadline.name}: {left_s:.0f} s left, a step takes {step_s:.1f} s, {what} {save_s:.1f} s{told}"
 
 
 def deadlines(stop_after: str, environment: Mapping[str, str] = os.environ) -> tuple[Deadline, ...]:

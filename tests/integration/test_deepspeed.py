@@ -27,7 +27,9 @@ from moba_train.engine.gpt_engine import GptEngine
 from moba_train.engine.megatron import MegatronEngine
 from moba_train.parallel.ranks import map_over_ranks
 from moba_train.parallel.topology import close_topology, init_topology
-from moba_train.train.megatron_io import load_sharded, save_sharded
+from moba_train.train.checkpoint import CheckpointStore, load_checkpoint
+from moba_train.train.progress import Identity, Progress, model_fingerprint
+from moba_train.train.run_folder import list_checkpoints
 from tests.distributed import run_ranks
 from tests.integration.engine_case import Case, packed_row
 from tests.integration.test_mesh_equality import MIXED_STAGE, MODEL, SHAPES, Picks, replay
@@ -212,16 +214,25 @@ def trained_over(engine: GptEngine, steps: range) -> list[float]:
     return [engine.train_step(own_rows(engine, STEP_ROWS[step]), lr=LR).loss for step in steps]
 
 
-def saved(engine: GptEngine, folder: Path) -> None:
-    if dist.get_rank() == 0:
-        folder.mkdir()
-    dist.barrier()
-    save_sharded(engine.sharded_state_dict(is_loading=False), folder)
+IDENTITY = Identity(model_fingerprint(CASES["tied"].model), "ab" * 32, 7, {}, {})
+STAGES = (replace(MIXED_STAGE, tokens=STEPS, tokens_per_step=1, seq_len=1),)
+
+
+def store_of(folder: Path) -> CheckpointStore:
+    """As a run has it: a thread writes while training goes on."""
+    return CheckpointStore(folder, IDENTITY, "", STAGES, keep_last=1, asynchronous=True)
+
+
+def saved(engine: GptEngine, folder: Path, steps: int = SAVED_AFTER) -> CheckpointStore:
+    store = store_of(folder)
+    store.save(engine, Progress(steps, 0, steps, steps), stage_end=False)
+    return store
 
 
 def loaded(case: Case, kind: Kind, folder: Path) -> GptEngine:
     engine = engine_of(case, kind, seed=8)  # other initial weights: loading must replace all
-    engine.load_state_dict(load_sharded(engine.sharded_state_dict(is_loading=True), folder))
+    (path,) = list_checkpoints(folder)
+    load_checkpoint(path, engine, IDENTITY)
     return engine
 
 
@@ -236,11 +247,12 @@ def resumed_on_2_ranks(rank: int, n: int, folder: Path) -> dict[Kind, tuple[list
     for kind in RESUMED:
         straight = engine_of(case, kind)
         if kind in UNTRAINED:
-            saved(straight, folder / f"{kind} untrained")
+            saved(straight, folder / f"{kind} untrained", 0).finish()
         trained_over(straight, range(SAVED_AFTER))
-        saved(straight, folder / str(kind))
         at_save = whole_state(straight)
+        store = saved(straight, folder / str(kind))
         losses = trained_over(straight, LATER)
+        store.finish()
         end = whole_state(straight)
         again = loaded(case, kind, folder / str(kind))
         assert_same_state(whole_state(again), at_save)
@@ -253,7 +265,7 @@ def resumed_on_2_ranks(rank: int, n: int, folder: Path) -> dict[Kind, tuple[list
         found[kind] = losses, at_save
     megatron = engine_of(case, Kind(0, 2))
     trained_over(megatron, range(SAVED_AFTER))
-    saved(megatron, folder / "megatron")
+    saved(megatron, folder / "megatron").finish()
     found[Kind(0, 2)] = trained_over(megatron, LATER), {}
     return found
 

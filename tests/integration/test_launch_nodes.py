@@ -131,14 +131,17 @@ time.sleep(60)
         ("last_words.leave('mesh', step=min(times, 3)); sys.exit(4 if times < 9 else 0)", 4, 4),
         ("last_words.leave('mesh', step=times); sys.exit(4 if times < 4 else 0)", 0, 4),
         ("sys.exit(2)", 2, 1),
+        ("sys.exit(3 if times == 1 else 0)", 0, 2),
     ],
-    ids=["a run that does not get on ends", "a new mesh is no failure", "a mistake is not repeated"],
+    ids=["a run that does not get on ends", "a new mesh is no failure", "a mistake is not repeated", "a hang is"],
 )
 def test_what_an_exit_code_means_for_restarts(tmp_path: Path, program: str, code: int, starts_of_rank_0: int) -> None:
     node = ("--standalone", "--nproc-per-node", "1")
-    restarts = ("--max-restarts=3",) if code == 2 else ()
-    assert ended(run_ranks(tmp_path, program, *restarts, node=node))[0] == code
+    restarts = () if "sys.exit(4" in program else ("--max-restarts=3",)
+    found, _, err = ended(run_ranks(tmp_path, program, *restarts, node=node))
+    assert found == code
     assert starts(tmp_path) == [starts_of_rank_0]
+    assert code != 4 or err.endswith(" ended first, with exit code 4\n  mesh\n"), "what rank 0 had to say ends it"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,9 @@ def test_a_launch_that_cannot_work_says_so_in_one_line(
     assert starts(tmp_path) == []
 
 
-def test_sigterm_reaches_the_ranks_which_have_time_to_save(tmp_path: Path) -> None:
+def test_sigterm_reaches_the_ranks_which_have_time_to_save_and_under_nohup_the_terminal_may_close(
+    tmp_path: Path,
+) -> None:
     program = """
 def save(signum, frame):
     time.sleep(1.0)
@@ -166,10 +171,16 @@ signal.signal(signal.SIGTERM, save)
 pathlib.Path(f"ready_{rank}").touch()
 time.sleep(60)
 """
-    launcher = run_ranks(tmp_path, program, "--max-restarts=3")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        launcher = run_ranks(tmp_path, program, "--max-restarts=3")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     while len(list(tmp_path.glob("ready_*"))) < 2 and launcher.poll() is None:
         time.sleep(0.05)
     launcher.send_signal(signal.SIGUSR1)  # is for the ranks alone
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.5)  # both signals would otherwise be there at once
     launcher.send_signal(signal.SIGTERM)
     code, out, err = ended(launcher)
     assert (code, out, err) == (128 + signal.SIGTERM, "", "launch: SIGTERM was passed on to the ranks\n")

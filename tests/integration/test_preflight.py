@@ -23,6 +23,7 @@ from moba_train.data.indexed import write_indexed
 from moba_train.data.tokenizer import train_tokenizer
 from moba_train.engine.base import StepResult
 from moba_train.engine.megatron import MegatronEngine
+from moba_train.errors import CheckpointError
 from moba_train.parallel.fingerprint import checksum
 from moba_train.parallel.topology import Topology, close_topology, init_topology
 from moba_train.train import preflight, preflight_facts
@@ -251,3 +252,20 @@ def test_a_run_of_one_process_fails_its_preflight_before_weights_are_built(
     assert cli.main(["train", str(workspace / "c.toml"), "--run-dir", str(run)]) == 2
     assert "memory: not enough memory for the plan" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_how_an_earlier_job_ended_is_forgotten_as_soon_as_another_one_holds_the_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts decide by outcome.json whether a job goes on; one that fails must not leave another one's."""
+
+    def build(*_: object, **__: object) -> None:
+        raise CheckpointError("something that the user can mend")
+
+    monkeypatch.setattr("moba_train.commands.train.build_engine", build)
+    run = workspace / "again"
+    run.mkdir()
+    (run / "outcome.json").write_text('{"finished": true}')
+    assert cli.main(["train", str(workspace / "c.toml"), "--run-dir", str(run)]) == 2
+    assert "something that the user can mend" in capsys.readouterr().err
+    assert not (run / "outcome.json").exists()

@@ -89,16 +89,16 @@ Act = Callable[[subprocess.Popen[str]], None]
 
 @dataclass(frozen=True)
 class Case:
-    """Where a run dwells, whether a launcher starts it, and what is done to it after its second step."""
+    """Where a run dwells, which launcher starts it, if any, and what is done to it after its second step."""
 
     kind: str
     act: Act
-    launched: bool = False
+    launcher: tuple[str, ...] = ()
 
     def start(self, run_dir: Path) -> subprocess.Popen[str]:
         run_dir.mkdir()
-        launcher = [str(ROOT / "launch" / "run_ranks.py"), "--standalone", "--nproc-per-node", "1"]
-        words = [*(launcher if self.launched else []), "-m", "tests.integration.test_signals", str(run_dir), self.kind]
+        launcher = [*self.launcher, "--standalone", "--nproc-per-node", "1"] if self.launcher else []
+        words = [*launcher, "-m", "tests.integration.test_signals", str(run_dir), self.kind]
         return subprocess.Popen(
             [sys.executable, *words],
             cwd=ROOT,
@@ -135,10 +135,13 @@ def ctrl_c(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
+OURS = (str(ROOT / "launch" / "run_ranks.py"),)
+PLAIN_TORCHRUN = ("-m", "torch.distributed.run")
 CASES = {
-    "SIGTERM to the launcher": Case("usual", once(signal.SIGTERM), launched=True),
-    "ctrl-C": Case("usual", ctrl_c, launched=True),
-    "ctrl-C twice": Case("long step", twice(ctrl_c), launched=True),
+    "SIGTERM to the launcher": Case("usual", once(signal.SIGTERM), OURS),
+    "SIGTERM to plain torchrun": Case("usual", once(signal.SIGTERM), PLAIN_TORCHRUN),
+    "ctrl-C": Case("usual", ctrl_c, OURS),
+    "ctrl-C twice": Case("long step", twice(ctrl_c), OURS),
     "SIGTERM twice in a save": Case("long save", twice(once(signal.SIGTERM))),
     "deadline": Case("deadline", lambda process: None),
 }
@@ -213,6 +216,16 @@ def test_sigterm_to_the_launcher_leaves_a_whole_checkpoint_of_the_step_that_was_
     assert found.code == 128 + signal.SIGTERM, found.err
     assert "stopped (SIGTERM) after step" in found.out
     assert "SIGTERM was passed on to the ranks" in found.err and "Traceback" not in found.err
+    assert newest_step(found.run_dir) == len(records(found.run_dir)) < toy.TOTAL_STEPS
+    assert_goes_on(found.run_dir, straight)
+
+
+def test_sigterm_to_plain_torchrun_leaves_the_same_and_its_exit_code_is_1(
+    ended: dict[str, Ended], straight: toy.ToyRun
+) -> None:
+    found = ended["SIGTERM to plain torchrun"]
+    assert found.code == 1, found.err
+    assert "stopped (SIGTERM) after step" in found.out
     assert newest_step(found.run_dir) == len(records(found.run_dir)) < toy.TOTAL_STEPS
     assert_goes_on(found.run_dir, straight)
 

@@ -7,14 +7,16 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from moba_train.cli import main
+from moba_train.commands import checkpoint as commands
 from moba_train.config.schema import StageConfig
-from moba_train.train.manifest import seal_files, write_manifest
+from moba_train.train.manifest import OnBytes, damages, seal_files, write_manifest
 from moba_train.train.progress import Progress, rows_fingerprint
 
 
@@ -88,6 +90,19 @@ def test_verify_compares_contents_and_ends_with_2_on_damage(run_dir: Path, capsy
     assert main(["checkpoint", "verify", str(run_dir), "5"]) == 2
 
 
+def test_a_checkpoint_that_the_job_deletes_while_it_is_verified_is_not_called_damaged(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(folder: Path, *, on_bytes: OnBytes | None = None) -> Iterator[str]:
+        if folder.name == "step_00000004":
+            shutil.rmtree(folder)
+        return damages(folder, on_bytes=on_bytes)
+
+    monkeypatch.setattr(commands, "damages", slow)
+    assert main(["checkpoint", "verify", str(run_dir), "--all"]) == 0
+    assert "step_00000004: deleted meanwhile" in capsys.readouterr().out
+
+
 def test_prune_keeps_the_newest_the_multiples_and_the_ends_of_stages(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +114,15 @@ def test_prune_keeps_the_newest_the_multiples_and_the_ends_of_stages(
     assert main([*prune, "--keep-every", "3"]) == 0
     assert names(run_dir) == ["step_00000002", "step_00000006", "step_00000008"]
     assert main([*prune, "--stage-ends"]) == 0 and names(run_dir) == ["step_00000008"]
+
+
+def test_prune_keeps_what_the_run_itself_keeps_for_ever(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "config.toml").write_text("[checkpoint]\nkeep_every = 3\n")
+    assert main(["checkpoint", "prune", str(run_dir), "--keep-last", "1"]) == 0
+    assert names(run_dir) == ["step_00000002", "step_00000006", "step_00000008"]
+    assert "multiples of 3 steps are kept" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", str(run_dir), "--keep-last", "1", "--keep-every", "1000"]) == 0
+    assert names(run_dir) == ["step_00000002", "step_00000008"]
 
 
 def test_prune_never_deletes_the_newest_whole_checkpoint(run_dir: Path) -> None:

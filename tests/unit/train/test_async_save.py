@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from moba_train.config.schema import ParallelConfig
-from moba_train.errors import CheckpointError, ExchangeError
+from moba_train.errors import CheckpointError, DataError, ExchangeError
 from moba_train.parallel.topology import Topology, close_topology, init_topology
 from moba_train.train import checkpoint, megatron_io
 from moba_train.train.checkpoint import CheckpointStore, list_checkpoints, load_checkpoint
@@ -213,6 +213,17 @@ def test_a_save_in_flight_counts_if_training_breaks_off_but_not_if_ranks_are_los
     assert names(tmp_path) == (["step_00000001"] if counts else [])
     if not counts:
         store.finish()  # nothing may be left of it when the groups are taken down
+
+
+def test_a_slow_save_in_flight_is_not_given_up_for_an_error_that_all_ranks_meet(
+    tmp_path: Path, topology: Topology, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "BREAK_OFF_S", 0.05)
+    threading.Timer(0.4, gate.opened.set).start()
+    with pytest.raises(DataError), a_store(tmp_path) as store:
+        store.save(ToyEngine(topology), at(1), stage_end=True)
+        raise DataError("the data of the next stage are damaged")
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_a_disk_that_hangs_does_not_hold_back_an_error_of_training(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Mapping
@@ -9,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from moba_train.errors import TrainingDiverged
+from moba_train.errors import TrainingDiverged, UserError
 from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import list_checkpoints, read_state
-from moba_train.train.metrics import read_metrics
+from moba_train.train.metrics import JsonlWriter, Record, read_metrics
 from moba_train.train.progress import Progress
 from moba_train.train.signals import StopSignals
 from tests.unit.train.toy import STAGES, TOTAL_STEPS, ToyRun
@@ -113,6 +114,19 @@ def test_a_signal_stops_cleanly_after_the_current_step(tmp_path: Path, topology:
     assert evaluated == [1, 2]  # a signal's grace may be shorter than an evaluation
 
 
+def test_a_signal_during_an_evaluation_stops_before_another_step(tmp_path: Path, topology: Topology) -> None:
+    def interrupt(step: int, stage: str, is_stage_end: bool) -> Mapping[str, Any]:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return {"eval/loss": 1.0} if step == 3 else {}
+
+    with StopSignals() as signals:
+        outcome = ToyRun(tmp_path, topology, evaluators=(interrupt,), signals=signals).go()
+    assert (outcome.finished, outcome.progress.step, outcome.reason) == (False, 3, "SIGUSR1")
+    assert records(tmp_path)[-1]["eval/loss"] == 1.0
+    assert list_checkpoints(tmp_path)[-1].name == "step_00000003"
+
+
 def test_evaluations_land_in_the_record_of_their_step(tmp_path: Path, topology: Topology) -> None:
     calls = []
 
@@ -158,3 +172,39 @@ def test_a_stage_may_be_appended_between_two_processes(tmp_path: Path, topology:
     longer = ToyRun(tmp_path, topology, stages=(*STAGES, replace(STAGES[1], name="more", tokens=32)))
     assert longer.go().progress.step == 9
     assert longer.asked() == [(2, i) for i in range(4)]
+
+
+def test_a_disk_that_refuses_the_metrics_ends_the_run_with_everything_saved(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks do not see it: the run ends when all have agreed, one step later."""
+    write = JsonlWriter.write
+
+    def refuses(self: JsonlWriter, record: Record) -> None:
+        if record["step"] >= 2:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlWriter, "write", refuses)
+        run = ToyRun(tmp_path, topology, every_steps=0)
+        with pytest.raises(UserError, match="metrics could not be written") as caught:
+            run.go()
+    assert "Disk quota exceeded" in str(caught.value.got)
+    told = [line for line in run.log.lines if "ERROR: metrics cannot be written" in line]
+    assert len(told) == 1 and "Disk quota exceeded" in told[0]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003"]
+    assert ToyRun(tmp_path, topology).go().finished
+
+
+def test_metrics_that_cannot_be_written_at_the_very_end_are_an_error_too(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: JsonlWriter, record: Record) -> None:
+        if record["step"] == TOTAL_STEPS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JsonlWriter, "write", refuses)
+    with pytest.raises(UserError, match="metrics could not be written"):
+        ToyRun(tmp_path, topology).go()
+    assert list_checkpoints(tmp_path)[-1].name == f"step_{TOTAL_STEPS:08d}"

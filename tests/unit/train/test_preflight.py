@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from moba_train.parallel.topology import Topology
 from moba_train.train import preflight_facts as facts_of
 from moba_train.train.memory_plan import estimate_memory
 from moba_train.train.preflight import PreflightFailed, Report, run_preflight
-from moba_train.train.preflight_facts import free_host_memory, leave_probe, reclaimed_disk
+from moba_train.train.preflight_facts import free_disk, free_host_memory, leave_probe, reclaimed_disk
 from moba_train.train.preflight_groups import check_groups
 from moba_train.train.preflight_rules import (
     GIB,
@@ -201,6 +203,8 @@ def test_free_memory_is_the_least_of_machine_and_control_groups(tmp_path: Path) 
     write_tree(step, {"memory.max": "max\n", "memory.current": "70\n", "memory.stat": "inactive_file 20\n"})
     assert free_host_memory(root) == 600 * 1024
     write_tree(job, {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 1\ninactive_file 50\n"})
+    assert free_host_memory(root) == 350
+    write_tree(job, {"memory.stat": "anon 1\ninactive_file 20\nactive_file 30\nshmem 9\n"})
     assert free_host_memory(root) == 350, "the limit of a group above counts, and file cache can be dropped"
 
 
@@ -208,18 +212,39 @@ def test_free_memory_knows_control_groups_of_version_1(tmp_path: Path) -> None:
     root = write_tree(
         tmp_path, {"proc/meminfo": "MemAvailable: 600 kB\n", "proc/self/cgroup": "4:cpu,memory:/job\n3:cpu:/\n"}
     )
-    group = {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "4000", "memory.stat": "total_inactive_file 9"}
-    write_tree(root / "sys/fs/cgroup/memory/job", group)
-    assert free_host_memory(root) == 1009
+    group = {"memory.limit_in_bytes": "5000", "memory.usage_in_bytes": "4000"}
+    cache = {"memory.stat": "total_inactive_file 9\ntotal_active_file 80"}
+    write_tree(root / "sys/fs/cgroup/memory/job", {**group, **cache})
+    assert free_host_memory(root) == 1089
 
 
 def test_checkpoints_that_go_with_the_next_save_count_as_free(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         write_tree(tmp_path / f"checkpoints/step_{step:08d}", {"part": "x" * step})
     write_tree(tmp_path / "checkpoints/step_00000050.tmp", {"part": "x" * 7})
-    assert reclaimed_disk(tmp_path, CheckpointConfig(keep_last=2)) == 10 + 20 + 30 + 7
-    assert reclaimed_disk(tmp_path, CheckpointConfig(keep_last=2, keep_every=20)) == 10 + 30 + 7
+    assert reclaimed_disk(tmp_path, CheckpointConfig(keep_last=2)) == 10 + 20 + 30
+    assert reclaimed_disk(tmp_path, CheckpointConfig(keep_last=2, keep_every=20)) == 10 + 30
     assert reclaimed_disk(tmp_path / "none", CheckpointConfig()) == 0
+
+
+def test_what_an_interrupted_save_left_counts_as_free_since_it_goes_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that was killed in a save, on a disk with room for two checkpoints, must be able to start again."""
+    write_tree(tmp_path / "checkpoints/step_00000010", {"part": "x" * 50})
+    write_tree(tmp_path / "checkpoints/step_00000020.tmp", {"part": "x" * 7})
+    monkeypatch.setattr(facts_of.os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=4))
+    assert free_disk(tmp_path, tmp_path) == 8 + 7
+
+
+def test_folders_that_another_job_deletes_meanwhile_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = write_tree(tmp_path / "checkpoints/step_00000010", {"part": "x"})
+    shutil.rmtree(gone)
+    monkeypatch.setattr(facts_of, "list_leftovers", lambda _: [gone])
+    monkeypatch.setattr(facts_of, "list_checkpoints", lambda _: [gone, gone])
+    assert free_disk(tmp_path, tmp_path) > 0 and reclaimed_disk(tmp_path, CheckpointConfig(keep_last=1)) == 0
 
 
 def test_a_probe_leaves_one_file_and_a_failing_one_none(tmp_path: Path) -> None:

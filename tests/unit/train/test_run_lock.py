@@ -95,6 +95,37 @@ def test_a_job_of_another_machine_that_shows_life_is_not_waited_for(tmp_path: Pa
     assert "node2" in str(caught.value.got) and path.read_text() == json.dumps(asdict(OTHER))
 
 
+def taken(descriptor: int, operation: int) -> None:
+    raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def test_a_lock_that_a_server_keeps_for_a_dead_machine_is_waited_for(tmp_path: Path) -> None:
+    left_by(OTHER, tmp_path, age_s=100.0)
+    kept = [taken, taken, lambda *_: None]
+    lock = RunLock(tmp_path, ME, flock=lambda descriptor, operation: kept.pop(0)(descriptor, operation))
+    for _ in range(2):
+        is_ours, line = lock.attempt()
+        assert not is_ours and "locked by process 2 on node2 (Slurm job 77), whose last sign of life was 100 s" in line
+    is_ours, line = lock.attempt()
+    assert is_ours and "has given no sign of life for 100 s" in line
+    lock.release()
+
+
+def test_a_lock_that_a_server_keeps_is_refused_when_its_holder_lives_or_after_a_while(tmp_path: Path) -> None:
+    path = left_by(OTHER, tmp_path, age_s=5.0)
+    lock = RunLock(tmp_path, ME, flock=taken)
+    assert lock.attempt()[0] is False
+    os.utime(path)
+    with pytest.raises(CheckpointError, match="another job"):
+        lock.attempt()
+    left_by(OTHER, tmp_path, age_s=241.0)
+    with pytest.raises(CheckpointError, match="another job") as caught:
+        RunLock(tmp_path, ME, flock=taken).attempt()
+    assert str(caught.value.got).endswith("(Slurm job 77), which has given no sign of life for 241 s")
+    with pytest.raises(CheckpointError, match="another job"):  # this kernel knows its own processes
+        RunLock(tmp_path, OTHER, flock=taken).attempt()
+
+
 def test_where_there_is_no_flock_the_heartbeat_counts_alone(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, ME, beat_s=0.05, stale_s=0.5, flock=no_flock)
     is_ours, line = lock.attempt()

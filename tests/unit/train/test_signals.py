@@ -35,6 +35,16 @@ def test_a_signal_becomes_a_wish_to_stop(name: str) -> None:
     assert signal.getsignal(getattr(signal, name)) == before
 
 
+def test_what_a_signal_leads_to_is_said_at_once_and_once() -> None:
+    lines: list[str] = []
+    with StopSignals(say=lines.append):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)  # the main thread asks for nothing meanwhile, as in a long step
+    (line,) = lines
+    assert line.startswith("SIGUSR1: the run saves and stops after the step under way; a second SIGTERM")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_an_evaluation_breaks_off_for_any_of_them_as_it_does_for_ctrl_c(name: str) -> None:
     before = signal.getsignal(signal.SIGTERM)

@@ -36,10 +36,10 @@ class Job:
             clock=lambda: self.now_s,
         )
 
-    def step(self, step_s: float, rest_s: float = 0.0, *, save_s: float = 0.0) -> str:
+    def step(self, step_s: float, rest_s: float = 0.0, *, save_s: float = 0.0, in_flight_s: float | None = None) -> str:
         """A step, and what belongs to it; why the run stops, or ""."""
         self.now_s += step_s
-        reason = self.stopping.wish(save_s)
+        reason = self.stopping.wish(save_s, in_flight_s)
         self.now_s += rest_s
         self.stopping.step_done()
         return reason
@@ -90,6 +90,16 @@ def test_the_first_save_is_estimated_and_measured_from_then_on() -> None:
     assert Job(200.0, first_save_s=150.0).step(1.0).endswith("a save perhaps 150.0 s")
     assert not Job(200.0, first_save_s=150.0).step(1.0, save_s=2.0)
     assert first_save_s(8_000_000_000) == pytest.approx(256.0)
+
+
+def test_the_last_save_has_to_wait_for_one_that_is_under_way() -> None:
+    """365 s are left: enough for a step, a save of 290 s and a minute, but not for two saves."""
+    assert not Job(370.0).step(5.0, save_s=290.0)
+    reason = Job(370.0).step(5.0, save_s=290.0, in_flight_s=40.0)
+    assert reason.endswith("365 s left, a step takes 5.0 s, a save 290.0 s, the one under way 250.0 s more")
+    assert not Job(370.0).step(5.0, save_s=290.0, in_flight_s=288.0), "it is nearly done"
+    late = Job(200.0, first_save_s=1.0).step(5.0, in_flight_s=170.0)
+    assert late.endswith("a save perhaps 170.0 s, the one under way 0.0 s more"), "the estimate was too low"
 
 
 def test_a_signal_goes_before_a_deadline() -> None:
