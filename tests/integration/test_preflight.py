@@ -61,6 +61,12 @@ attention = "full"
 """
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the table are as wide as the terminal."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 @dataclass(frozen=True)
 class Told:
     """What one rank saw of preflights: the lines of a sound one, the message of a broken one, that of other code; the

@@ -112,12 +112,13 @@ def test_a_hostile_name_of_the_format_is_refused(hostile: Hostile, content: byte
 @FUZZ
 @given(changes=mutations())
 @example(changes=[])
-def test_a_changed_file_whose_manifest_agrees_loads_right_or_is_refused(
+def test_a_changed_file_whose_manifest_agrees_loads_or_is_refused(
     hostile: Hostile, name: str, changes: list[Mutation]
 ) -> None:
     hostile.write(**{as_word(name): mutated(hostile.files[name], changes)})
     try:
-        assert hostile.load().step == 3
+        # Whoever changes the manifest too may change a number: nothing vouches for numbers but the manifest.
+        assert hostile.load(same_values=name != SHARD).step == 3
     except CheckpointError as error:
         assert str(hostile.path) in error.where
         assert changes

@@ -51,6 +51,12 @@ from moba_train.train.preflight_rules import (
 STAGES = (StageConfig(name="short", tokens=128, tokens_per_step=64, seq_len=64, mix={"text": 1.0}),)
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the table are as wide as the terminal."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def facts(rank: int, **changes: Any) -> RankFacts:
     """A rank like all others, but for `changes`; two ranks a machine."""
     usual = RankFacts(
