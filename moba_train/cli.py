@@ -115,7 +115,10 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
     )
     prep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     prep.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train [4096]")
-    prep.add_argument("--tokenizer", type=Path, metavar="PATH", help="take this sentencepiece model, train none")
+    prep.add_argument("--tokenizer", type=Path, metavar="PATH", help="take this .model or tokenizer.json, train none")
+    prep.add_argument(
+        "--eod", default="", metavar="TOKEN", help="of a tokenizer.json: it ends documents [its eos_token]"
+    )
     prep.add_argument(
         "--needles",
         type=parse_needles,
@@ -262,6 +265,7 @@ def _prep(args: argparse.Namespace) -> int:
         out=args.out,
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
+        eod=args.eod,
         needles=args.needles,
         held_out=args.held_out,
         seed=args.seed,

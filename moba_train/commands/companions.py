@@ -1,7 +1,7 @@
 """Files beside the weights of a Hugging Face checkpoint: vocabulary, chat template, defaults of generation.
 
-They are copied as they are, in and out. A model that was trained from nothing has a sentencepiece model alone, which is
-rewritten as a tokenizer.json.
+They are copied as they are, in and out. A model that was trained from nothing has the tokenizer of its data alone: a
+sentencepiece model is rewritten as a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ def write_companions(target: Path, folder: Path | None, model_file: Path, known:
     if folder is not None:
         copy_companions(folder, target)
         return f"tokenizer files of {folder}"
+    if _is_ours(model_file, known) and model_file.suffix == ".json":
+        for name, content in load_tokenizer(model_file).files().items():
+            write_durably(target / name, content)
+        return f"tokenizer.json of {model_file}"
     if _is_ours(model_file, known):
         for name, tree in tokenizer_files(model_file).items():
             write_durably(target / name, (json.dumps(tree, ensure_ascii=False, indent=1) + "\n").encode())
@@ -107,16 +111,17 @@ def origins(path: Path, init_from: str) -> list[Path]:
 
 
 def token_ids(model_file: Path, known: set[str]) -> dict[str, int]:
-    """Ids that a config.json names, of the sentencepiece model that a checkpoint was trained with; {} without one."""
+    """Ids that a config.json names, of the tokenizer that a checkpoint was trained with; {} if that is not there."""
     if not _is_ours(model_file, known):
         return {}
     tokenizer = load_tokenizer(model_file)
-    return {"eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
+    begin = {"bos_token_id": tokenizer.begin_ids[0]} if tokenizer.begin_ids else {}
+    return begin | {"eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _is_ours(model_file: Path, known: set[str]) -> bool:
-    """Is this the sentencepiece model that the checkpoint was trained with?"""
-    return model_file.suffix == ".model" and model_file.is_file() and sha256_of(model_file.resolve()) in known
+    """Is this the tokenizer that the checkpoint was trained with?"""
+    return model_file.is_file() and sha256_of(model_file.resolve()) in known
 
 
 def source_settings(candidates: Iterable[Path]) -> Mapping[str, Any]:

@@ -118,7 +118,7 @@ def run_to_hf(checkpoint: Path, out: Path, *, tokenizer: Path | None, drop: bool
         stages[-1].rope,
         max_seq_len=max([stage.seq_len for stage in stages] + ([longest] if type(longest) is int else [])),
         dtype=_name(dtype),
-        token_ids=source or (source_settings([folder]) if folder else token_ids(vocabulary, known)),
+        token_ids=source or source_settings([folder] if folder else []) or token_ids(vocabulary, known),
     )
     files = plan_files(
         [part for place in places(model) for part in place.parts], dtype, max_bytes=round(max_file_gib * 2**30)

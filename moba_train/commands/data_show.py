@@ -83,8 +83,8 @@ def _lines(run_dir: Path, config: RunConfig, stage_index: int, rows: range | lis
         lines = []
         if any(not path.is_symlink() for path in Path(folder).iterdir()):
             lines.append(
-                "note: the run has not used these data files in this stage: it did not come so far, or the files have "
-                "changed since"
+                "note: the run has not used these data files in this stage: it did not come so far, or files or mix "
+                "have changed since (or RUN/cache, which would tell, was deleted)"
             )
         for i in rows:
             lines += ["", *row_lines(data.row(i), data.pieces(i), tokenizer, num_shown=num_shown)]

@@ -85,7 +85,7 @@ class NiahEvaluator:
         self._seed = config.run.seed
         self._stages = {stage.name: stage for stage in config.stages}
         documents: IndexedDocuments = open_indexed(config.data.valid.path)
-        self._haystack_ids = haystack_of(documents, eod_id=tokenizer.eod_id)
+        self._haystack_ids = haystack_of(documents, eod_id=tokenizer.eod_id, begin_ids=tokenizer.begin_ids)
         for length in self._niah.lengths:
             build_niah_sample(self._text, self._haystack_ids, length=length, depth_percent=50.0, seed=self._seed)
 

@@ -39,8 +39,9 @@ def check_evaluation_inputs(config: RunConfig) -> None:
 
 
 def _data_errors(config: RunConfig, sources: Sequence[tuple[str, str]]) -> list[UserError]:
-    errors = _errors_of("data.tokenizer", partial(load_tokenizer, config.data.tokenizer))
-    tokenizer = None if errors else load_tokenizer(config.data.tokenizer)
+    loaded: list[Tokenizer] = []  # once: a large tokenizer.json takes seconds
+    errors = _errors_of("data.tokenizer", lambda: loaded.append(load_tokenizer(config.data.tokenizer)))
+    tokenizer = loaded[0] if loaded else None
     vocab_size = config.model.vocab_size - config.model.vocab_padding
     for key, path in sources:
         for error in _errors_of(key, partial(_check_source, path, tokenizer, vocab_size)):

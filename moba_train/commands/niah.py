@@ -85,7 +85,7 @@ def _evaluate(
     result = run_niah(
         engine,
         NeedleText(tokenizer, load_words()),
-        haystack_of(open_indexed(config.data.valid.path), eod_id=tokenizer.eod_id),
+        haystack_of(open_indexed(config.data.valid.path), eod_id=tokenizer.eod_id, begin_ids=tokenizer.begin_ids),
         stage=config.stages[progress.stage_index],
         step=progress.step,
         weights=sha256_of(begin.path / MANIFEST)[:16],

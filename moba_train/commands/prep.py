@@ -17,6 +17,7 @@ def run_prep(
     out: Path,
     vocab_size: int,
     tokenizer: Path | None,
+    eod: str,
     needles: dict[int, int],
     held_out: float,
     seed: int,
@@ -28,7 +29,8 @@ def run_prep(
     """Prepare and print a summary; returns the exit code.
 
     Args:
-        tokenizer: a sentencepiece model to take; None = train one of `vocab_size` ids.
+        tokenizer: a sentencepiece model or a tokenizer.json to take; None = train one of `vocab_size` ids.
+        eod: of a tokenizer.json, the token that ends a document; "" = its eos_token.
         workers: encoding processes; 0 = one for each core that this process may use.
 
     Raises:
@@ -38,6 +40,7 @@ def run_prep(
         out=out,
         sources=sources,
         tokenizer=str(tokenizer) if tokenizer is not None else TRAIN,
+        eod=eod,
         vocab_size=vocab_size,
         held_out=held_out,
         max_mib=max_mib,
@@ -69,6 +72,6 @@ def _print_report(report: PrepReport, options: PrepOptions) -> None:
         table.add_row(str(options.out / name), f"{documents:,}", f"{report.tokens[name]:,}")
     console.print(table)
     console.print(
-        f"tokenizer {options.out / 'tokenizer.model'}: {report.vocab_size:,} ids, sha256 {report.fingerprint[:12]}",
+        f"tokenizer {options.out / report.tokenizer}: {report.vocab_size:,} ids, sha256 {report.fingerprint[:12]}",
         markup=False,
     )

@@ -190,7 +190,7 @@ class DataConfig:
     """Tokenizer and sources; a stage's `mix` names the sources it draws from."""
 
     tokenizer: str = ""
-    """Path of the sentencepiece model that the sources were written with."""
+    """Path of the sentencepiece model or tokenizer.json that the sources were written with."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Training sources by name."""
     valid: SourceConfig = field(default_factory=SourceConfig)

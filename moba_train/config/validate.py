@@ -188,8 +188,9 @@ def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[Con
 def _data(config: RunConfig) -> Iterator[ConfigError]:
     data = config.data
     if not data.tokenizer.strip():
-        fix = "run `moba-train prep` and name the tokenizer.model that it wrote"
-        yield ConfigError("no tokenizer is given", where="data.tokenizer", got='""', allowed="a .model file", fix=fix)
+        fix = "run `moba-train prep` and name the tokenizer that it wrote"
+        allowed = "a .model file or a tokenizer.json"
+        yield ConfigError("no tokenizer is given", where="data.tokenizer", got='""', allowed=allowed, fix=fix)
     if not data.sources:
         fix = "add a table [data.sources.NAME] with the path prefix of a .bin/.idx pair"
         yield ConfigError("there is no training source", where="data.sources", got="{}", allowed="one or more", fix=fix)

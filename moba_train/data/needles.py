@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
@@ -246,7 +247,7 @@ def build_needle_document(
         spans.append((len(asked), len(asked) + len(text.phrase_ids(value))))
         asked += text.phrase_ids(value)
     needles = [text.needle_ids(key, value) for key, value in pairs]
-    room = _room(length - 1, needles, len(asked), length)
+    room = _room(length - 1 - len(text.tokenizer.begin_ids), needles, len(asked), length)
     places = [float(x) for x in rng.random(n)]
     hidden, _ = _hide(text, rng, haystack, room, needles, places)
     tokens = np.array([*hidden, *asked, text.tokenizer.eod_id], dtype=np.int64)
@@ -282,7 +283,7 @@ def build_niah_sample(
     key, value = pairs[0]
     asked = [*text.question_ids(key), *text.phrase_ids(value)]
     needles = [text.needle_ids(*pair) for pair in pairs]
-    room = _room(length, needles, len(asked), length)
+    room = _room(length - len(text.tokenizer.begin_ids), needles, len(asked), length)
     places = [depth_percent / 100, *(float(x) for x in rng.random(distractors))]
     hidden, starts = _hide(text, rng, haystack, room, needles, places)
     value_start = starts[0] + len(text.question_ids(key))
@@ -302,10 +303,12 @@ def build_niah_sample(
     )
 
 
-def haystack_of(documents: IndexedDocuments, *, eod_id: int, max_tokens: int = 1 << 24) -> NDArray[np.int64]:
-    """int64 [n]: the first max_tokens tokens of a source in file order, without end-of-document ids."""
+def haystack_of(
+    documents: IndexedDocuments, *, eod_id: int, begin_ids: Sequence[int] = (), max_tokens: int = 1 << 24
+) -> NDArray[np.int64]:
+    """int64 [n]: the first max_tokens tokens of a source in file order, without what begins and ends documents."""
     tokens = documents.tokens(0, min(max_tokens, documents.num_tokens)).astype(np.int64)
-    return np.asarray(tokens[tokens != eod_id])
+    return np.asarray(tokens[~np.isin(tokens, [eod_id, *begin_ids])])
 
 
 def _room(available: int, needles: list[list[int]], num_asked: int, length: int) -> int:
@@ -330,14 +333,15 @@ def _hide(
     needles: list[list[int]],
     places: list[float],
 ) -> tuple[list[int], list[int]]:
-    """Put each needle at its place (share of the haystack, 0..1); returns the tokens and where each needle begins."""
+    """Put each needle at its place (share of the haystack, 0..1); returns the tokens, which begin as a document does,
+    and where each needle begins."""
     if haystack.size == 0:
         raise DataError("the haystack is empty", where="needle samples", fix="prepare more text")
     first = int(rng.integers(haystack.size))
     hay = haystack[(first + np.arange(room)) % haystack.size]
     line_starts = np.flatnonzero(hay == text.newline_id) + 1
     spots = [_snap(round(place * room), line_starts, room, text.form.snap_tokens) for place in places]
-    tokens: list[int] = []
+    tokens = list(text.tokenizer.begin_ids)
     starts = [0] * len(needles)
     last = 0
     for i in sorted(range(len(needles)), key=lambda i: spots[i]):

@@ -1,6 +1,7 @@
 """`moba-train prep`: text in, everything that training and evaluation read out.
 
     tokenizer.model                      sentencepiece, trained on a sample of the training text, or taken as it is
+    tokenizer.json, tokenizer_config.json  instead of it, where a tokenizer.json is taken
     train.bin/.idx, valid.bin/.idx       documents, each ending in end-of-document
     needle_<length>.bin/.idx/.spans.npy  training documents with needles (on request), hidden in training text
     prep.json                            options, counts, file sizes; written last: where it stands, prep has finished
@@ -13,21 +14,16 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from moba_train.data.encode import Frame, document_hash, encoded, in_batches
 from moba_train.data.files import published
 from moba_train.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, spans_path, write_spans
 from moba_train.data.needles import FORMAT, NeedleText, build_needle_document, haystack_of, load_words, special_words
@@ -45,8 +41,6 @@ SURVEY_MIB = 1024
 """Text looked at before encoding, for the tokenizer's sample and the smallest held-out share."""
 MIN_HELD_OUT_KIB = 64
 """Of a small corpus at least this much is held out (but at most a tenth of it)."""
-BATCH_KIB = 256
-"""Text handed to a process at a time."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,8 @@ class PrepOptions:
     Attributes:
         out: folder to write.
         sources: files, folders, or "stdlib".
-        tokenizer: "train", or the path of a sentencepiece model.
+        tokenizer: "train", or the path of a sentencepiece model or of a tokenizer.json.
+        eod: of a tokenizer.json, the token that ends a document; "" = its eos_token.
         vocab_size: ids of a trained tokenizer.
         held_out: share of the documents that is held out for evaluation.
         max_mib: read at most this much text; 0 = everything.
@@ -70,6 +65,7 @@ class PrepOptions:
     out: Path
     sources: tuple[str, ...] = ("stdlib",)
     tokenizer: str = TRAIN
+    eod: str = ""
     vocab_size: int = 4096
     held_out: float = 0.02
     max_mib: float = 0.0
@@ -87,6 +83,7 @@ class PrepReport:
     Attributes:
         up_to_date: nothing was done: the folder already held this.
         read: files, documents, num_bytes, bad, first_bad.
+        tokenizer: name of its file.
         vocab_size: of the tokenizer.
         fingerprint: of the tokenizer.
         documents: documents by pair ("train", "valid", "needle_128", ...).
@@ -95,6 +92,7 @@ class PrepReport:
 
     up_to_date: bool
     read: ReadStats
+    tokenizer: str
     vocab_size: int
     fingerprint: str
     documents: dict[str, int]
@@ -122,8 +120,9 @@ def prepare(options: PrepOptions) -> PrepReport:
         for length, count in sorted(options.needles.items()):
             name = f"needle_{length}"
             documents[name], tokens[name] = _write_needles(options, tokenizer, length, count, progress)
-    report = PrepReport(False, stats, tokenizer.vocab_size, tokenizer.fingerprint, documents, tokens)
-    _write_record(options.out, request, report)
+    name = tokenizer.path.name
+    report = PrepReport(False, stats, name, tokenizer.vocab_size, tokenizer.fingerprint, documents, tokens)
+    _write_record(options.out, request, report, tokenizer)
     return report
 
 
@@ -133,6 +132,11 @@ def prepare(options: PrepOptions) -> PrepReport:
 def _check_options(options: PrepOptions) -> None:
     if not 0 < options.held_out < 1:
         raise ConfigError("held-out share out of range", where="--held-out", got=options.held_out, allowed="0 < x < 1")
+    if options.eod and options.tokenizer == TRAIN:
+        fix = "name it with --tokenizer"
+        raise ConfigError(
+            "the end of documents is chosen for a tokenizer.json", where="--eod", got=options.eod, fix=fix
+        )
     if options.workers < 1:
         raise ConfigError("at least one process must encode", where="--workers", got=options.workers, allowed=">= 1")
     for length, count in options.needles.items():
@@ -143,9 +147,12 @@ def _check_options(options: PrepOptions) -> None:
 
 def _request(options: PrepOptions, files: list[SourceFile]) -> dict[str, Any]:
     """Everything that decides the bytes."""
-    kept = {key: value for key, value in asdict(options).items() if key not in ("out", "workers")}
+    kept = {key: value for key, value in asdict(options).items() if key not in ("out", "workers", "eod")}
     if options.tokenizer != TRAIN:
-        kept["tokenizer"] = load_tokenizer(options.tokenizer).fingerprint
+        taken = load_tokenizer(options.tokenizer, eod=options.eod)
+        kept["tokenizer"] = taken.fingerprint
+        others = list(taken.files().items())[1:]
+        kept |= {name: hashlib.sha256(content).hexdigest() for name, content in others}
         del kept["vocab_size"]
     if not options.join:
         del kept["join"]  # folders from before there was this option are as they should be
@@ -171,6 +178,7 @@ def _finished(out: Path, request: dict[str, Any]) -> PrepReport | None:
     return PrepReport(
         True,
         ReadStats(**record["read"]),
+        tokenizer.get("file", "tokenizer.model"),  # folders from before there was another
         tokenizer["vocab_size"],
         tokenizer["fingerprint"],
         record["documents"],
@@ -178,15 +186,20 @@ def _finished(out: Path, request: dict[str, Any]) -> PrepReport | None:
     )
 
 
-def _write_record(out: Path, request: dict[str, Any], report: PrepReport) -> None:
-    names = ["tokenizer.model"]
+def _write_record(out: Path, request: dict[str, Any], report: PrepReport, tokenizer: Tokenizer) -> None:
+    names = list(tokenizer.files())
     for pair in report.documents:
         found = (bin_path(out / pair), idx_path(out / pair), spans_path(out / pair))
         names.extend(path.name for path in found if path.exists())
     record = {
         "request": request,
         "read": asdict(report.read),
-        "tokenizer": {"fingerprint": report.fingerprint, "vocab_size": report.vocab_size},
+        "tokenizer": {
+            "file": report.tokenizer,
+            "fingerprint": report.fingerprint,
+            "vocab_size": report.vocab_size,
+            "eod_id": tokenizer.eod_id,
+        },
         "documents": report.documents,
         "tokens": report.tokens,
         "files": {name: (out / name).stat().st_size for name in names},
@@ -204,11 +217,6 @@ class _Survey:
 
     threshold: int
     sample: tuple[str, ...]
-
-
-def document_hash(text: str) -> bytes:
-    """sha256 of a document; its first 8 bytes decide whether it is held out, the next 8 whether it is sampled."""
-    return hashlib.sha256(text.encode()).digest()
 
 
 def _survey(options: PrepOptions, files: list[SourceFile], progress: Progress) -> _Survey:
@@ -252,25 +260,18 @@ def _expected_bytes(files: list[SourceFile], limit_mib: float) -> int:
 
 
 def _make_tokenizer(options: PrepOptions, survey: _Survey) -> Tokenizer:
-    path = options.out / "tokenizer.model"
     if options.tokenizer != TRAIN:
-        model = Path(options.tokenizer).read_bytes()
-        with published(path) as aside:
-            aside.write_bytes(model)
-        return Tokenizer(path, model)
-    return train_tokenizer(survey.sample, path, vocab_size=options.vocab_size, words=special_words())
+        files = load_tokenizer(options.tokenizer, eod=options.eod).files()
+        for name, content in files.items():
+            with published(options.out / name) as aside:
+                aside.write_bytes(content)
+        return load_tokenizer(options.out / next(iter(files)))
+    return train_tokenizer(
+        survey.sample, options.out / "tokenizer.model", vocab_size=options.vocab_size, words=special_words()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Documents on their way to a process and, encoded, back. int32 ids, one document after another."""
-
-    held_out: tuple[bool, ...]
-    ids: NDArray[np.int32]
-    lengths: tuple[int, ...]
 
 
 def _encode(
@@ -285,8 +286,12 @@ def _encode(
             stack.enter_context(IndexedWriter(options.out / name, vocab_size=tokenizer.vocab_size, join=options.join))
             for name in ("train", "valid")
         )
-        ending = [] if options.join else [tokenizer.eod_id]
-        for batch in _encoded(_batches(texts), survey.threshold, ending, tokenizer, options.workers):
+        frame = Frame(list(tokenizer.begin_ids), [tokenizer.eod_id])
+        if options.join and frame.before:
+            for writer in (train, valid):
+                writer.add(frame.before)
+        around = Frame([], []) if options.join else frame
+        for batch in encoded(in_batches(texts), survey.threshold, around, tokenizer, options.workers):
             ends = np.cumsum(batch.lengths)
             for held_out, end, length in zip(batch.held_out, ends, batch.lengths, strict=True):
                 if length:  # a tokenizer may leave nothing of a text
@@ -294,60 +299,11 @@ def _encode(
             progress.update(task, completed=stats.num_bytes)
         if options.join:
             for writer in (train, valid):
-                writer.add([tokenizer.eod_id])
+                writer.add(frame.after)
     progress.update(task, total=max(1, stats.num_bytes), completed=max(1, stats.num_bytes))
     writers = {"train": train, "valid": valid}
     documents = {name: writer.num_documents for name, writer in writers.items()}
     return stats, documents, {name: writer.num_tokens for name, writer in writers.items()}
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_KIB * 1024:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(
-    batches: Iterable[list[str]], threshold: int, ending: list[int], tokenizer: Tokenizer, workers: int
-) -> Iterator[_Batch]:
-    """Encoded batches in the order of the texts, at most a few batches ahead of the reader; `ending` ends each text."""
-    if workers == 1:
-        for batch in batches:
-            yield _encode_batch(batch, threshold, ending, tokenizer)
-        return
-    pending: deque[Future[_Batch]] = deque()
-    # spawn: a forked child would inherit the threads of whatever is loaded here.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for batch in batches:
-            pending.append(pool.submit(_encode_batch_elsewhere, batch, threshold, ending, str(tokenizer.path)))
-            if len(pending) > 3 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _encode_batch(texts: list[str], threshold: int, ending: list[int], tokenizer: Tokenizer) -> _Batch:
-    held_out = tuple(int.from_bytes(document_hash(text)[:8], "big") < threshold for text in texts)
-    documents = [[*ids, *ending] for ids in tokenizer.encode_many(texts)]
-    ids = np.fromiter((token for ids in documents for token in ids), dtype=np.int32)
-    return _Batch(held_out, ids, tuple(len(ids) for ids in documents))
-
-
-def _encode_batch_elsewhere(texts: list[str], threshold: int, ending: list[int], tokenizer_path: str) -> _Batch:
-    return _encode_batch(texts, threshold, ending, _tokenizer_of_process(tokenizer_path))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer_of_process(path: str) -> Tokenizer:
-    """Each process loads the model once; it does not change while the pool lives."""
-    return load_tokenizer(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- needles
@@ -358,7 +314,7 @@ def _write_needles(
 ) -> tuple[int, int]:
     """Write one needle source; returns its documents and tokens."""
     text = NeedleText(tokenizer, load_words())
-    haystack = haystack_of(open_indexed(options.out / "train"), eod_id=tokenizer.eod_id)
+    haystack = haystack_of(open_indexed(options.out / "train"), eod_id=tokenizer.eod_id, begin_ids=tokenizer.begin_ids)
     prefix = options.out / f"needle_{length}"
     spans: list[tuple[int, int, int]] = []
     task = progress.add_task(f"needles of {length} tokens", total=count)

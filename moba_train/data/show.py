@@ -69,7 +69,7 @@ def _name_of_control(token: int, tokenizer: Tokenizer) -> str:
     """ "" for a token that has a text."""
     if not 0 <= token < tokenizer.vocab_size:
         return f"<id {token}>"
-    return tokenizer.piece(token) if token in (tokenizer.eod_id, tokenizer.pad_id) else ""
+    return tokenizer.piece(token) if tokenizer.is_control(token) else ""
 
 
 def _visible(character: str) -> str:

@@ -1,173 +1,47 @@
-"""Sentencepiece tokenizer: train one, or take one.
-
-A trained model is BPE with byte fallback and no normalisation: every text survives encode -> decode byte for byte
-(except U+2581, sentencepiece's own mark for a space). Newline is a piece of its own, digits are split, and so are the
-needle words with their leading space, so that each is one token.
-"""
+"""A vocabulary from its file: a sentencepiece `.model`, or a Hugging Face `tokenizer.json`."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import sentencepiece as spm
-from numpy.typing import NDArray
-
-from moba_train.data.files import published
-from moba_train.errors import DataError
-
-SPACE = "▁"
-"""Sentencepiece's mark for a space."""
-MAX_LINE_BYTES = 4096
-"""Longer lines are left out of training (not of encoding)."""
-NUM_RESERVED = 3 + 256
-"""Ids that a trained model spends on unk, end-of-document, padding and the 256 bytes."""
+from moba_train.data.tokenizer_base import Tokenizer
+from moba_train.data.tokenizer_hf import HfTokenizer
+from moba_train.data.tokenizer_sentencepiece import SPACE, SentencepieceTokenizer, train_tokenizer
+from moba_train.errors import ConfigError, DataError
 
 
-class Tokenizer:
-    """A loaded sentencepiece model.
+def load_tokenizer(path: str | Path, *, eod: str = "") -> Tokenizer:
+    """Read a tokenizer file; a name that ends in .json is a tokenizer.json, any other a sentencepiece model.
 
-    Attributes:
-        path: the model file.
-        fingerprint: sha256 (hex) of the file; equal fingerprints mean equal ids.
-        vocab_size: number of ids V.
-        eod_id: end-of-document id.
-        pad_id: padding id; the end-of-document id where the model has no padding.
-    """
-
-    def __init__(self, path: Path, model: bytes) -> None:
-        self.path = path
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        try:
-            self._model = spm.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(
-                "not a sentencepiece model", where=str(path), got=str(error), fix="give a .model file"
-            ) from error
-        self.vocab_size = int(self._model.vocab_size())
-        self.eod_id = int(self._model.eos_id())
-        if self.eod_id < 0:
-            raise DataError(
-                "the tokenizer has no end-of-document id",
-                where=str(path),
-                allowed="a sentencepiece model with an eos piece",
-                fix="train it with eos_id >= 0",
-            )
-        pad_id = int(self._model.pad_id())
-        self.pad_id = pad_id if pad_id >= 0 else self.eod_id
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; no end-of-document is added."""
-        return list(self._model.encode(text))
-
-    def encode_inside(self, text: str) -> list[int]:
-        """Ids of a text that goes on after a newline: without the space that some models put before a text."""
-        line_end, ids = self.encode("\n"), self.encode("\n" + text)
-        return ids[len(line_end) :] if line_end and ids[: len(line_end)] == line_end else self.encode(text)
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-        return [list(ids) for ids in self._model.encode(list(texts), num_threads=1)]
-
-    def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
-        """The text of ids; control pieces (end-of-document, padding) have none."""
-        return str(self._model.decode([int(i) for i in ids]))
-
-    def piece(self, token: int) -> str:
-        """The piece of one id, as sentencepiece writes it."""
-        return str(self._model.id_to_piece(int(token)))
-
-    @cached_property
-    def byte_lengths_V(self) -> NDArray[np.int64]:
-        """int64 [V], UTF-8 bytes that each id decodes to (control pieces: 0)."""
-        return np.array([self._byte_length(i) for i in range(self.vocab_size)], dtype=np.int64)
-
-    def _byte_length(self, token: int) -> int:
-        if self._model.is_control(token):
-            return 0
-        if self._model.is_byte(token):
-            return 1
-        return len(self.piece(token).replace(SPACE, " ").encode())
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a sentencepiece model file.
+    Args:
+        eod: of a tokenizer.json, the token that ends a document; "" = the eos_token that the files beside it name.
 
     Raises:
-        DataError: no such file, or not a sentencepiece model with an end-of-document piece.
+        DataError: no such file, not what its name says, or what ends a document is not known.
+        ConfigError: eod is given for a sentencepiece model.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(
             "tokenizer not found",
             where=str(path),
-            allowed="a sentencepiece .model file",
+            got="a folder" if path.is_dir() else None,
+            allowed="a sentencepiece .model file, or a tokenizer.json",
             fix="run `moba-train prep`, or mend data.tokenizer",
         )
-    model = path.read_bytes()
-    if not model:
+    content = path.read_bytes()
+    if not content:
         raise DataError("the tokenizer is empty", where=str(path), got="0 bytes", fix="run `moba-train prep` again")
-    return Tokenizer(path, model)
-
-
-def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, words: Sequence[str] = ()) -> Tokenizer:
-    """Train a BPE model on `texts` and write it to `path`. The same texts give the same bytes.
-
-    Args:
-        vocab_size: ids of the model, exactly.
-        words: each becomes a piece of its own, with a leading space.
-
-    Raises:
-        DataError: the texts cannot fill vocab_size, or it is too small for bytes and words.
-    """
-    smallest = NUM_RESERVED + 1 + len(words) + 64
-    if vocab_size < smallest:
-        raise DataError(
-            "the vocabulary is too small",
-            where="--vocab-size",
-            got=vocab_size,
-            allowed=f">= {smallest} (bytes, {len(words)} needle words and some letters)",
+    if path.suffix == ".json":
+        return HfTokenizer(path, content, eod=eod)
+    if eod:
+        raise ConfigError(
+            "a sentencepiece model says itself what ends a document",
+            where="--eod",
+            got=eod,
+            fix="leave --eod out, or name a tokenizer.json",
         )
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            user_defined_symbols=["\n", *(SPACE + word for word in words)],
-            unk_id=0,
-            bos_id=-1,
-            eos_id=1,
-            pad_id=2,
-            eos_piece="<eod>",
-            max_sentence_length=MAX_LINE_BYTES,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(
-            "the tokenizer could not be trained",
-            where=str(path),
-            got=str(error).strip().splitlines()[-1],
-            fix="give more text or a smaller --vocab-size",
-        ) from error
-    with published(path) as aside:
-        aside.write_bytes(model.getvalue())
-    return load_tokenizer(path)
+    return SentencepieceTokenizer(path, content)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from (line for line in text.split("\n") if line)
+__all__ = ["SPACE", "Tokenizer", "load_tokenizer", "train_tokenizer"]

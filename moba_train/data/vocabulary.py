@@ -31,14 +31,22 @@ def check_vocabulary(tokenizer: Tokenizer, documents: IndexedDocuments, *, vocab
             allowed=f">= {tokenizer.vocab_size} ({tokenizer.path})",
             fix=f"set model.vocab_size to at least {tokenizer.vocab_size}",
         )
-    written_with = prepared_fingerprint(documents.prefix)
+    written_with, ending_with = prepared_with(documents.prefix)
     if written_with and written_with != tokenizer.fingerprint:
         raise DataError(
             "the data was written with another tokenizer",
             where=documents.prefix,
             got=f"sha256 {written_with[:12]}... (prep.json)",
             allowed=f"sha256 {tokenizer.fingerprint[:12]}... ({tokenizer.path})",
-            fix="point data.tokenizer to the model that the data was prepared with, or prepare again",
+            fix="point data.tokenizer to the file that the data was prepared with, or prepare again",
+        )
+    if ending_with not in (None, tokenizer.eod_id):
+        raise DataError(
+            "the documents of the data end in another token",
+            where=documents.prefix,
+            got=f"{tokenizer.piece(ending_with)!r} (prep.json)",
+            allowed=f"{tokenizer.piece(tokenizer.eod_id)!r} ({tokenizer.path})",
+            fix="point data.tokenizer to the tokenizer.json that prep wrote beside the data, or prepare again",
         )
     n = documents.num_tokens
     for part in (documents.tokens(0, min(n, CHECKED_TOKENS)), documents.tokens(max(0, n - CHECKED_TOKENS), n)):
@@ -49,17 +57,19 @@ def check_vocabulary(tokenizer: Tokenizer, documents: IndexedDocuments, *, vocab
                 where=documents.prefix,
                 got=f"ids {lowest} .. {highest}",
                 allowed=f"0 .. {tokenizer.vocab_size - 1} ({tokenizer.path})",
-                fix="point data.tokenizer to the model that the data was prepared with, or prepare again",
+                fix="point data.tokenizer to the file that the data was prepared with, or prepare again",
             )
 
 
-def prepared_fingerprint(prefix: str) -> str:
-    """Fingerprint of the tokenizer that a pair was prepared with, from the prep.json beside it; "" if there is none."""
+def prepared_with(prefix: str) -> tuple[str, int | None]:
+    """(fingerprint, end-of-document id) of the tokenizer that a pair was prepared with, from the prep.json beside it;
+    "" and None where that does not say."""
     path = Path(prefix).parent / "prep.json"
     if not path.is_file():
-        return ""
+        return "", None
     try:
         record = json.loads(path.read_text("utf-8"))
-        return str(record["tokenizer"]["fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
+        eod_id = record["tokenizer"].get("eod_id")
+        return str(record["tokenizer"]["fingerprint"]), None if eod_id is None else int(eod_id)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError("cannot read what prep wrote", where=str(path), got=repr(error), fix="prepare again") from error

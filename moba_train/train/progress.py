@@ -38,7 +38,7 @@ class Identity:
 
     Attributes:
         model: the model's configuration as a flat dictionary (`model_fingerprint`).
-        tokenizer: SHA-256 of the sentencepiece model.
+        tokenizer: SHA-256 of the tokenizer file.
         seed: seed of weights and data order.
         mesh: {tp, cp, pp, dp}; may change on resume.
         versions: package name -> version, for the reader.

@@ -12,7 +12,7 @@ from moba_train.data.needles import (
     questions_that_fit,
     split_of,
 )
-from moba_train.data.tokenizer import Tokenizer
+from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.errors import DataError
 from tests.unit.data.conftest import corpus
 
@@ -190,7 +190,7 @@ def other_tokenizer(tmp_path, **options) -> Tokenizer:
         minloglevel=2,
         **options,
     )
-    return Tokenizer(tmp_path / "other.model", (tmp_path / "other.model").read_bytes())
+    return load_tokenizer(tmp_path / "other.model")
 
 
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path):

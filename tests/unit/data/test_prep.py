@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moba_train.data import prep
+from moba_train.data import encode, prep
+from moba_train.data.encode import document_hash
 from moba_train.data.indexed import open_indexed, write_indexed
 from moba_train.data.needles import NeedleText, load_words
-from moba_train.data.prep import PrepOptions, document_hash, prepare
-from moba_train.data.tokenizer import Tokenizer, load_tokenizer
+from moba_train.data.prep import PrepOptions, prepare
+from moba_train.data.tokenizer import load_tokenizer
+from moba_train.data.tokenizer_sentencepiece import SentencepieceTokenizer
 from moba_train.data.vocabulary import check_vocabulary
 from moba_train.errors import ConfigError, DataError
 from tests.unit.data.conftest import corpus
@@ -48,7 +50,7 @@ def test_the_folder_holds_what_training_reads_and_nothing_else(prepared):
 
 
 def test_any_number_of_processes_gives_the_same_bytes(prepared, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(prep, "BATCH_KIB", 8)
+    monkeypatch.setattr(encode, "BATCH_KIB", 8)
     prepare(options_of(source, tmp_path / "out", workers=2))
     assert digests(tmp_path / "out") == digests(prepared)
 
@@ -68,7 +70,7 @@ def test_every_document_is_in_train_or_in_valid_by_its_hash_and_ends_in_eod(prep
 
 
 def test_joined_text_is_one_document_of_the_same_tokens_on_each_side(prepared, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(prep, "BATCH_KIB", 8)
+    monkeypatch.setattr(encode, "BATCH_KIB", 8)
     report = prepare(options_of(source, tmp_path / "out", join=True, workers=2, needles={}))
     eod_id = load_tokenizer(prepared / "tokenizer.model").eod_id
     for name in ("train", "valid"):
@@ -85,8 +87,8 @@ def test_a_folder_from_before_text_could_be_joined_is_left_alone(prepared, sourc
 
 
 def test_a_text_of_which_a_tokenizer_leaves_nothing_is_left_out_of_joined_text(source, tmp_path, monkeypatch):
-    encode = Tokenizer.encode_many
-    monkeypatch.setattr(Tokenizer, "encode_many", lambda self, texts: [[], *encode(self, texts)[1:]])
+    encode_many = SentencepieceTokenizer.encode_many
+    monkeypatch.setattr(SentencepieceTokenizer, "encode_many", lambda self, texts: [[], *encode_many(self, texts)[1:]])
     assert prepare(options_of(source, tmp_path / "out", join=True, needles={})).documents["train"] == 1
 
 
