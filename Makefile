@@ -43,7 +43,7 @@ strace:
 
 .PHONY: test
 test: $(READY) strace ## Run the test suite (CPU, many-rank tests included)
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity and not slurm" --ignore tests/kernels/test_speed.py -n 3 --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity and not slurm" --ignore tests/kernels/test_speed.py -n 3 --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest tests/kernels/test_speed.py
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton -n 2
 

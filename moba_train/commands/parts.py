@@ -37,7 +37,7 @@ with quiet_imports():
 if TYPE_CHECKING:
     from moba_train.train.weights import InitialWeights
 
-# Ranks that write wait for one another as long as the watchdog lets them, and then leave it time to speak.
+# Ranks that write, or open data, wait for one another as long as the watchdog lets them, and leave it time to speak.
 _NO_LIMIT_S = 7 * 86400.0
 _WATCHDOG_SPEAKS_S = 60.0
 _PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
@@ -66,6 +66,7 @@ def joined_ranks(config: RunConfig, *, run_dir: Path | None = None) -> Iterator[
             device=device,
             timeout_s=config.engine.timeout_s,
             save_timeout_s=(config.watchdog.save_s or _NO_LIMIT_S) + _WATCHDOG_SPEAKS_S,
+            start_timeout_s=(config.watchdog.start_s or _NO_LIMIT_S) + _WATCHDOG_SPEAKS_S,
         )
     try:
         with (

@@ -96,7 +96,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                     until_step=_until_step(config, here, schedule, start.progress.step),
                     run=config.run,
                     checkpoint=config.checkpoint,
-                    stage_data=_StageRows(config, tokenizer, run_dir / "cache", log),
+                    stage_data=_StageRows(config, tokenizer, topology, log),
                     evaluators=evaluators,
                     store=store,
                     meter=_meter(config, topology),
@@ -180,14 +180,14 @@ def _outputs(
 class _StageRows:
     """Stage index -> rows; rank 0 goes first and leaves the index in the cache for the others."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, cache_dir: Path, log: Log) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, topology: Topology, log: Log) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._cache_dir = cache_dir
+        self._topology = topology
         self._log = log
 
     def __call__(self, index: int) -> StageData:
-        ranks.from_rank_0(lambda: self._open(index).cut_share)
+        ranks.from_rank_0(lambda: self._open(index).cut_share, self._topology.start_group)
         data = self._open(index)
         shares = ", ".join(f"{name} {rows:,}" for name, rows in data.rows_by_source.items())
         self._log.line(f"data: {len(data):,} rows ({shares}), {100 * data.cut_share:.1f} % of the documents are cut")
@@ -199,7 +199,7 @@ class _StageRows:
             self._config.stages[index],
             stage_index=index,
             seed=self._config.run.seed,
-            cache_dir=self._cache_dir,
+            cache_dir=Path(self._config.run.dir) / "cache",
             eod_id=self._tokenizer.eod_id,
             pad_id=self._tokenizer.pad_id,
         )

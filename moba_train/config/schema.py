@@ -143,8 +143,8 @@ class EngineConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data- and context-parallel ranks."""
     timeout_s: float = 600.0
-    """All ranks have ended within this time after the first began to wait for one that does not come. Longer than any
-    opening of data or saving, and on CUDA than a whole step."""
+    """All ranks have ended within this time after the first began to wait for one that does not come. Longer than
+    reading the first rows of a stage, and on CUDA than a whole step; the [watchdog] limits opening data and saving."""
 
 
 @dataclass(frozen=True)
@@ -321,8 +321,9 @@ class RunSection:
 class WatchdogConfig:
     """How long a part of the run may take before the watchdog ends it, with the stack of every rank; 0 = no limit.
 
-    engine.timeout_s bounds how long ranks wait for one another, and is the shorter one where they do. These limits also
-    hold for a rank by itself, for ranks that are all stuck alike, and for a save beside the training.
+    engine.timeout_s bounds how long ranks wait for one another in a step, and is the shorter one there. These limits
+    hold for a rank by itself, for ranks that are all stuck alike, for rank 0 when it builds an index and the others
+    wait, and for a save beside the training.
     """
 
     start_s: float = 1800.0

@@ -55,6 +55,8 @@ class Topology:
     """The ranks that hold one copy of the model and work on the same row, over gloo."""
     save_group: dist.ProcessGroup
     """All ranks, over gloo, for the thread that writes checkpoints while training goes on; nothing else may use it."""
+    start_group: dist.ProcessGroup
+    """All ranks, over gloo, for what may take long on one of them before a stage begins."""
     device: torch.device
     """With an index on CUDA."""
     watch: Watch
@@ -72,7 +74,12 @@ class Topology:
 
 
 def init_topology(
-    parallel: ParallelConfig, *, device: torch.device, timeout_s: float, save_timeout_s: float = 0.0
+    parallel: ParallelConfig,
+    *,
+    device: torch.device,
+    timeout_s: float,
+    save_timeout_s: float = 0.0,
+    start_timeout_s: float = 0.0,
 ) -> Topology:
     """Join the other ranks and build all groups. Collective over all ranks of the job.
 
@@ -84,6 +91,7 @@ def init_topology(
         device: torch.device("cpu") or ("cuda"); LOCAL_RANK chooses among several CUDA devices.
         timeout_s: a rank that others wait for longer than this has ended the job, and all have said so (sentry.py).
         save_timeout_s: of `save_group`, where longer: one rank may write for longer than the others.
+        start_timeout_s: of `start_group`, where longer: the others wait while rank 0 builds an index of the data.
 
     Raises ConfigError when the degrees do not multiply to the number of ranks or the launcher's variables are
     incomplete, BackendError when this process has no CUDA device to itself.
@@ -127,6 +135,7 @@ def init_topology(
         control_group=control_group,
         replica_group=replica_group,
         save_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(limit_s, save_timeout_s))),
+        start_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(limit_s, start_timeout_s))),
         device=device,
         watch=Watch(device),
     )

@@ -25,9 +25,10 @@ _AXES = {
     "control_group": ("tp", "cp", "dp", "pp"),
     "replica_group": ("tp", "cp", "pp"),
     "save_group": ("tp", "cp", "dp", "pp"),
+    "start_group": ("tp", "cp", "dp", "pp"),
 }
 """Field of `Topology` -> the axes of the mesh along which its ranks differ."""
-_ON_HOST = ("control_group", "replica_group", "save_group")
+_ON_HOST = ("control_group", "replica_group", "save_group", "start_group")
 
 
 def group_names(topology: Topology) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from moba_train.config.schema import ParallelConfig
 from moba_train.errors import BackendError, ConfigError
+from moba_train.parallel import ranks
 from moba_train.parallel.topology import RANK_VARIABLES, _own_device, close_topology, init_topology
 from tests.distributed import run_ranks
 
@@ -40,6 +42,16 @@ def _meshes(rank: int, n: int) -> dict[str, Any]:
     except ConfigError as error:
         seen["cp3"] = str(error)
     return seen
+
+
+def _wait_for_rank_0(rank: int, n: int) -> str:
+    """Wait in the group for starts for longer than a collective may take otherwise (2.5 s)."""
+    mesh = init_topology(ParallelConfig(cp=2), device=CPU, timeout_s=4.0, start_timeout_s=30.0)
+    return ranks.from_rank_0(lambda: time.sleep(4.0) or "it came", mesh.start_group)
+
+
+def test_ranks_wait_for_an_index_beyond_the_limit_of_a_step() -> None:
+    assert run_ranks(_wait_for_rank_0, 2) == ["it came", "it came"]
 
 
 def test_tensor_ranks_are_neighbours_then_context_then_data() -> None:

@@ -288,7 +288,7 @@ def test_sound_checks_are_one_line_and_leave_nothing_behind(tmp_path: Path, topo
     (line,) = report.lines()
     assert line.startswith("preflight: 9 checks passed in ")
     assert list(tmp_path.iterdir()) == []
-    assert "save; the slowest took" in report.text()
+    assert "save, start; the slowest took" in report.text()
 
 
 def broken_report(tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch) -> Report:
