@@ -285,7 +285,7 @@ def load_checkpoint(path: Path, engine: Engine, identity: Identity, *, is_verifi
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model, vocabulary or seed.
     """
-    from moba_train.train.megatron_io import load_sharded  # megatron.core takes a second to import
+    from moba_train.train.megatron_io import MISFITS, load_sharded, misfit  # megatron.core takes a second to import
 
     state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
     check_identity(path, state, identity)
@@ -297,7 +297,11 @@ def load_checkpoint(path: Path, engine: Engine, identity: Identity, *, is_verifi
             got=damage,
             fix="Resume with --resume auto, which takes the newest intact checkpoint, or restore the file.",
         )
-    engine.load_state_dict(load_sharded(engine.sharded_state_dict(is_loading=True), path))
+    loaded = load_sharded(engine.sharded_state_dict(is_loading=True), path)
+    try:
+        engine.load_state_dict(loaded)
+    except MISFITS as error:  # values that are no tensors, which nobody has looked at yet
+        raise misfit(path, error) from error
     return progress_from_state(state)
 
 

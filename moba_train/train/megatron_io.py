@@ -343,13 +343,18 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException, OSError, *MISFITS) as error:
-        raise CheckpointError(
-            "the checkpoint does not fit this model or does not read",
-            where=str(folder),
-            got=_last_line(error),
-            fix="Resume with the configuration that the checkpoint holds in config.toml, or from another checkpoint.",
-        ) from error
+        raise misfit(folder, error) from error
     return loaded
+
+
+def misfit(folder: Path, error: BaseException) -> CheckpointError:
+    """The error of a checkpoint whose contents are not what an engine of this configuration saves."""
+    return CheckpointError(
+        "the checkpoint does not fit this model or does not read",
+        where=str(folder),
+        got=_last_line(error),
+        fix="Resume with the configuration that the checkpoint holds in config.toml, or from another checkpoint.",
+    )
 
 
 def _last_line(error: BaseException) -> str:

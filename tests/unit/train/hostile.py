@@ -43,6 +43,7 @@ class Hostile:
     files: dict[str, bytes]
     path: Path
     topology: Topology
+    engine: type[ToyEngine] = ToyEngine
 
     def write(self, *, reseal: bool = True, **changed: bytes) -> Path:
         """Lay the files out again; a name is given with _ for its dots and dashes."""
@@ -63,7 +64,7 @@ class Hostile:
 
     def load(self, *, same_values: bool = True) -> Progress:
         """Load into a new engine; what it holds then must be what was saved, or at least of that kind."""
-        engine = ToyEngine(self.topology)
+        engine = self.engine(self.topology)
         progress = load_checkpoint(self.path, engine, identity())
         for loaded, saved in ((engine.weight, WEIGHT), (engine.momentum, MOMENTUM)):
             assert (loaded.dtype, loaded.shape) == (torch.float64, (2,))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import example, given
 from moba_train.errors import CheckpointError
 from tests.mutations import Mutation, mutated, mutations
 from tests.unit.train.hostile import FUZZ, SHARD, WEIGHT, Hostile, Malice, as_word, metadata_of, place
+from tests.unit.train.toy import ToyEngine
 
 
 def saved(value: object, *, old_format: bool = False) -> bytes:
@@ -60,6 +63,23 @@ def test_hostile_common_values_are_refused(
     error = hostile.refusal()
     assert any(part in error.message() for part in reason.split("|")), error.message()
     assert list(tmp_path.iterdir()) == []
+
+
+class Counting(ToyEngine):
+    """Like a real engine, it also takes over values that are no tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.steps = int(state["optimizer"]["param_groups"][0]["step"])
+
+
+@pytest.mark.parametrize("groups", [None, [], 5, [{}], [{"step": "x"}], [{"step": None}]], ids=str)
+def test_values_that_an_engine_cannot_take_are_refused(hostile: Hostile, groups: object) -> None:
+    strict = replace(hostile, engine=Counting)
+    strict.write(common_pt=saved({"optimizer": {"param_groups": groups}}))
+    assert "does not fit this model" in strict.refusal().what
+    strict.write(common_pt=saved({"optimizer": {"param_groups": [{"step": 3}]}}))
+    assert strict.load().step == 3
 
 
 def with_weight(hostile: Hostile, content: bytes) -> None:
