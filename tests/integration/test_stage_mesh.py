@@ -53,10 +53,11 @@ def test_a_run_changes_its_mesh_by_itself_and_has_the_losses_of_a_run_on_one_mes
     (out,) = [out for _, out, _ in told if out]  # of the node of rank 0
     assert "stage 'long' runs on tp 1, cp 2, pp 1, dp auto: start again to go on" in out
     assert "finished after step 6/6" in out
-    changed = "launch: starting again after step 3, on the mesh of the next stage\n"
-    followed = "launch: another node starts its ranks again, and so does this one\n"  # if that one was faster
-    assert changed in [err for _, _, err in told]
-    assert {err for _, _, err in told} <= {changed, followed}
+    changed = "launch: starting again after step 3, on the mesh of the next stage"
+    followed = "launch: another node starts its ranks again, and so does this one"  # if that one was faster
+    # torch adds lines of its own where the node that keeps the store ends first
+    lines = [[line for line in err.splitlines() if line.startswith("launch:")] for _, _, err in told]
+    assert [changed] in lines and all(of_node in ([changed], [followed]) for of_node in lines)
     assert saved_on(staged / "meshes", 3) == {"tp": 1, "cp": 1, "pp": 1, "dp": 2}
     assert saved_on(staged / "meshes", 6) == {"tp": 1, "cp": 2, "pp": 1, "dp": 1}
     assert {path.parent.name for path in (staged / "logs").glob("*/start_2/rank_*/stderr.log")} == {"rank_1"}
