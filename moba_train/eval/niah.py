@@ -35,7 +35,6 @@ from moba_train.eval.cells import (
     summarise,
     token_chunks,
 )
-from moba_train.eval.heatmap import draw_niah
 from moba_train.eval.jobs import Job, Samples, check_grid, pack_samples, share_rows
 from moba_train.eval.records import RecordWriter, read_records
 from moba_train.parallel.ranks import from_rank_0, map_over_ranks
@@ -239,6 +238,8 @@ def run_niah(
     records.sort(key=lambda r: (order.index(r.attention), r.context_length, r.depth_percent, r.sample))
     cells = summarise(records)
     if is_writer:
+        from moba_train.eval.heatmap import draw_niah  # matplotlib is slow to import, and training never draws
+
         draw_niah(cells, png, title=heatmap_title(origin))
     return NiahResult(tuple(records), cells, num_resumed, jsonl, png)
 

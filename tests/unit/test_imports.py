@@ -34,6 +34,12 @@ def test_a_pure_module_imports_no_torch(module: str) -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_a_rank_that_trains_imports_nothing_that_draws_and_no_other_engine() -> None:
+    found = "[m for m in ('matplotlib', 'deepspeed', 'transformers', 'tokenizers') if m in sys.modules]"
+    done = python(f"import sys, moba_train.commands.train\nprint({found})")
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_plan_runs_without_torch_and_at_once() -> None:
     code = (
         "import sys; from moba_train.cli import main\n"
