@@ -85,7 +85,8 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         stopping = Stopping(signals, ends, first_save_s=first_save_s(engine.num_parameters))
         origin = (*start.notes, *(fill.notes if fill else ()))
         greeting = (*checked.lines(), *_greeting(config, engine), *lock_notes, *origin)
-        for line in (*greeting, *ranks.on_all_ranks(stopping.announce)):
+        too_late = ranks.from_rank_0(stopping.too_late)
+        for line in (*greeting, *stopping.announce()):
             log.line(line)
         try:
             with _told_store(config, identity, check_lock, log) as store:
@@ -94,6 +95,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                     schedule=schedule,
                     start=start.progress,
                     until_step=_until_step(config, here, schedule, start.progress.step),
+                    too_late=too_late,
                     run=config.run,
                     checkpoint=config.checkpoint,
                     stage_data=_StageRows(config, tokenizer, topology, log),

@@ -49,6 +49,7 @@ def train(
     schedule: Schedule,
     start: Progress,
     until_step: int,
+    too_late: str = "",
     run: RunSection,
     checkpoint: CheckpointConfig,
     stage_data: Callable[[int], RowSource],
@@ -64,6 +65,7 @@ def train(
     Args:
         engine: holds the weights that belong to `start`.
         until_step: where the stages end that run on this mesh: the end of the schedule, if all do.
+        too_late: why no step is to be begun, the same on every rank; "" = train.
         stage_data: stage index -> its rows; called when the stage begins.
         store: where checkpoints go.
         sinks, log: empty and silent on every rank but 0.
@@ -77,6 +79,8 @@ def train(
     done, bad_steps = start, BadSteps(run.max_bad_steps, start.bad_steps, start.bad_steps_total)
     records = Records(sinks)
     stage_index, data, reason = -1, None, "finished" if until_step == schedule.total_steps else "mesh"
+    if too_late and start.step < schedule.total_steps:
+        until_step, reason = start.step, too_late
 
     def wishes() -> Wishes:
         stop = stopping.wish(store.save_time_s, store.in_flight_s)

@@ -39,10 +39,12 @@ class Deadline:
     Attributes:
         name: where it comes from ("stop_after 3h50m").
         at_s: on the clock of `time.time`.
+        is_slurms: the job may be started again when it is over, as launch/slurm.sbatch does it.
     """
 
     name: str
     at_s: float
+    is_slurms: bool = False
 
 
 class Stopping:
@@ -95,24 +97,33 @@ class Stopping:
         self._step_began_s = self._clock()
         self._longest_rest_s = max(self._longest_rest_s, self._step_began_s - self._step_ended_s)
 
-    def announce(self) -> tuple[str, ...]:
-        """For the log, before the first step: the deadline, and where it comes from.
+    def too_late(self) -> str:
+        """Before the first step: why none is worth beginning, or "". Slurm's deadline leads to a planned stop: ranks
+        may have been started again late in a job, which goes on in its next start.
 
         Raises:
-            ConfigError: it is so near that no step is worth beginning; a job that is started again and again under
-                such a limit would never get anywhere.
+            ConfigError: `run.stop_after` is too short; a run that is started again under it would never get anywhere.
         """
+        if self._deadline is None:
+            return ""
+        left_s, name = max(0.0, self._deadline.at_s - self._clock()), self._deadline.name
+        if left_s > MARGIN_S:
+            return ""
+        if self._deadline.is_slurms:
+            return f"{name}: {left_s:.0f} s left, too little to begin a step (unset it where it is of another job)"
+        raise ConfigError(
+            "the deadline is too near to begin a step",
+            where=name,
+            got=f"{left_s:.0f} s left once the run was ready to train",
+            allowed=f"one step, one save and {MARGIN_S:.0f} s",
+            fix="give the run more time; start-up counts too",
+        )
+
+    def announce(self) -> tuple[str, ...]:
+        """For the log, before the first step: the deadline, and where it comes from."""
         if self._deadline is None:
             return ()
         left_s, name = self._deadline.at_s - self._clock(), self._deadline.name
-        if left_s <= MARGIN_S:
-            raise ConfigError(
-                "the deadline is too near to begin a step",
-                where=name,
-                got=f"{max(0.0, left_s):.0f} s left once the run was ready to train",
-                allowed=f"one step, one save and {MARGIN_S:.0f} s",
-                fix=f"give the job more time; start-up counts too (unset {JOB_END} where it is of another job)",
-            )
         at = datetime.fromtimestamp(self._deadline.at_s).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
         return (
             f"deadline: {at}, in {left_s:.0f} s ({name}); the run stops when less is left than a step, a save and "
@@ -149,7 +160,7 @@ def deadlines(stop_after: str, environment: Mapping[str, str] = os.environ) -> t
         if not end.isdecimal():
             allowed, fix = "a unix time in whole seconds, as Slurm sets it", f"unset {JOB_END}"
             raise ConfigError("this is no time", where=JOB_END, got=f'"{end}"', allowed=allowed, fix=fix)
-        found.append(Deadline(f"the end of the Slurm job, {JOB_END}", float(end)))
+        found.append(Deadline(f"the end of the Slurm job, {JOB_END}", float(end), is_slurms=True))
     return tuple(found)
 
 

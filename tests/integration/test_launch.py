@@ -26,18 +26,18 @@ model = {{ preset = "tiny", vocab_size = 512, key_conv = 3 }}
 data = {{ tokenizer = "{0}/t.model", sources.text.path = "{0}/text", valid.path = "{0}/text" }}
 eval = {{ every_steps = 0, rows = 1, buckets = 4 }}
 niah.loop_samples = 0
-checkpoint.every_steps = 4
+checkpoint.every_steps = {1}
 parallel.cp = 2
-stages = [{{ name = "moba", tokens = 12288, tokens_per_step = 512, seq_len = 256, mix.text = 1.0, chunk_size = 16 }}]
+stages = [{{ name = "moba", tokens = {2}, tokens_per_step = 512, seq_len = 256, mix.text = 1.0, chunk_size = 16 }}]
 """
 
 
-def make_workspace(folder: Path) -> Path:
-    """A small corpus and c.toml, a run of 24 steps, in `folder`."""
+def make_workspace(folder: Path, *, steps: int = STEPS, save_every: int = 4) -> Path:
+    """A small corpus and c.toml, a run of so many steps, in `folder`."""
     text = Path(shutil.__file__).read_text("utf-8")
     tokenizer = train_tokenizer([text], folder / "t.model", vocab_size=512)
     write_indexed(folder / "text", [tokenizer.encode(text)], vocab_size=512)
-    (folder / "c.toml").write_text(CONFIG.format(folder))
+    (folder / "c.toml").write_text(CONFIG.format(folder, save_every, 512 * steps))
     return folder
 
 
@@ -86,9 +86,9 @@ def ranks_after_step(process: subprocess.Popen[str], run: Path, step: int) -> li
     return [int(line.split()[0]) for line in listing.stdout.splitlines() if "moba_train" in line]
 
 
-def weights(run: Path) -> dict[str, str]:
+def weights(run: Path, step: int = STEPS) -> dict[str, str]:
     """SHA-256 of the shards of the last checkpoint: weights and optimizer state."""
-    files = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())["files"]
+    files = json.loads((run / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
 
 

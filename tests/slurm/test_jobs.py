@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +23,7 @@ from typing import Any
 
 import pytest
 
-from moba_train.data.indexed import write_indexed
-from moba_train.data.tokenizer import train_tokenizer
+from tests.integration.test_launch import make_workspace, records, weights
 from tests.slurm.private_slurm import PrivateSlurm, wait
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -35,15 +33,6 @@ COMMANDS = re.findall(r"^```sh\n(.*?)```", (ROOT / "docs" / "slurm.md").read_tex
 STEPS = 80
 TWO_NODES = ("--nodes", "2", "--ranks-per-node", "1", "--cpus-per-node", "1")
 ONE_NODE = ("--nodes", "1", "--ranks-per-node", "2", "--cpus-per-node", "2")
-CONFIG = """
-model = {{ preset = "tiny", vocab_size = 512, key_conv = 3 }}
-data = {{ tokenizer = "{0}/t.model", sources.text.path = "{0}/text", valid.path = "{0}/text" }}
-eval = {{ every_steps = 0, rows = 1, buckets = 4 }}
-niah.loop_samples = 0
-checkpoint.every_steps = 20
-parallel.cp = 2
-stages = [{{ name = "moba", tokens = {1}, tokens_per_step = 512, seq_len = 256, mix.text = 1.0, chunk_size = 16 }}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +47,7 @@ class Site:
     def __init__(self, folder: Path, slurm: PrivateSlurm) -> None:
         self.folder = folder
         self.slurm = slurm
-        text = Path(shutil.__file__).read_text("utf-8")
-        tokenizer = train_tokenizer([text], folder / "t.model", vocab_size=512)
-        write_indexed(folder / "text", [tokenizer.encode(text)], vocab_size=512)
-        (folder / "c.toml").write_text(CONFIG.format(folder, 512 * STEPS))
+        make_workspace(folder, steps=STEPS, save_every=20)
 
     def submit(self, name: str, *words: str) -> str:
         """Job id of `moba-train slurm submit` with these options and the run folder `name`."""
@@ -111,21 +97,14 @@ class Site:
         return ranks
 
     def records(self, name: str) -> list[dict[str, Any]]:
-        file = self.folder / name / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return records(self.folder / name)
 
     def log(self, name: str, job_id: str) -> str:
         return (self.folder / name / f"slurm-{job_id}.log").read_text()
 
     def result(self, name: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Metrics without what clocks and memory decide, and the SHA-256 of the last weights and optimizer states."""
-        told = [
-            {key: value for key, value in record.items() if not key.startswith(("perf/", "memory/"))}
-            for record in self.records(name)
-        ]
-        manifest = self.folder / name / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json"
-        files = json.loads(manifest.read_text())["files"]
-        return told, {file: entry["sha256"] for file, entry in files.items() if file.endswith(".distcp")}
+        return self.records(name), weights(self.folder / name, STEPS)
 
 
 @pytest.fixture(scope="module")
