@@ -86,6 +86,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         origin = (*start.notes, *(fill.notes if fill else ()))
         greeting = (*checked.lines(), *_greeting(config, engine), *lock_notes, *origin)
         too_late = ranks.from_rank_0(stopping.too_late)
+        until_step = start.progress.step if too_late else _until_step(config, here, schedule, start.progress.step)
         for line in (*greeting, *stopping.announce()):
             log.line(line)
         try:
@@ -94,7 +95,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                     engine,
                     schedule=schedule,
                     start=start.progress,
-                    until_step=_until_step(config, here, schedule, start.progress.step),
+                    until_step=until_step,
                     too_late=too_late,
                     run=config.run,
                     checkpoint=config.checkpoint,

@@ -65,7 +65,7 @@ def train(
     Args:
         engine: holds the weights that belong to `start`.
         until_step: where the stages end that run on this mesh: the end of the schedule, if all do.
-        too_late: why no step is to be begun, the same on every rank; "" = train.
+        too_late: why no step is to be begun, where `until_step` is that of `start` for want of time.
         stage_data: stage index -> its rows; called when the stage begins.
         store: where checkpoints go.
         sinks, log: empty and silent on every rank but 0.
@@ -78,9 +78,7 @@ def train(
     """
     done, bad_steps = start, BadSteps(run.max_bad_steps, start.bad_steps, start.bad_steps_total)
     records = Records(sinks)
-    stage_index, data, reason = -1, None, "finished" if until_step == schedule.total_steps else "mesh"
-    if too_late and start.step < schedule.total_steps:
-        until_step, reason = start.step, too_late
+    stage_index, data, reason = -1, None, "finished" if until_step == schedule.total_steps else too_late or "mesh"
 
     def wishes() -> Wishes:
         stop = stopping.wish(store.save_time_s, store.in_flight_s)

@@ -1,9 +1,15 @@
-"""The real engine, started as a user starts it and killed in its saves: it ends as ever, and it tells no secret."""
+"""The real engine, started as a user starts it: killed in its saves it ends as ever; errors and limits have their exit
+codes; it tells no secret."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 import signal
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -43,15 +49,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def moba_train(nursery: Nursery, folder: Path, run: str, *words: str, **fault: object) -> Ending:
-    """`moba-train ...` with secrets in its environment."""
+def moba_train(
+    nursery: Nursery, folder: Path, run: str, *words: str, variables: Mapping[str, str] = {}, **fault: object
+) -> Ending:
+    """`moba-train ...` with secrets in its environment, and `variables`."""
     faults = {"folder": str(folder / run / "checkpoints"), **fault} if fault else {}
     log = folder / f"{run}.{len(list(folder.glob('*.log')))}.log"
-    return nursery.run(Job(str(folder / run), str(log), faults, list(words), environment=SECRETS))
+    return nursery.run(Job(str(folder / run), str(log), faults, list(words), environment={**SECRETS, **variables}))
 
 
-def train(nursery: Nursery, folder: Path, run: str, **fault: object) -> Ending:
-    return moba_train(nursery, folder, run, "train", str(folder / "c.toml"), "--run-dir", str(folder / run), **fault)
+def train(
+    nursery: Nursery, folder: Path, run: str, *words: str, variables: Mapping[str, str] = {}, **fault: object
+) -> Ending:
+    command = ("train", str(folder / "c.toml"), "--run-dir", str(folder / run), *words)
+    return moba_train(nursery, folder, run, *command, variables=variables, **fault)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,46 @@ def test_a_training_run_killed_in_a_save_goes_on_to_the_same_end(
     last = f"checkpoints/step_{STEPS:08d}"
     assert digests_of(run / last) == digests_of(folder / "straight" / last)
     assert records(run) == records(folder / "straight")
+
+
+def test_a_write_that_fails_is_an_error_in_the_log_and_in_the_exit_code(
+    nursery: Nursery, folder: Path, straight: list[str]
+) -> None:
+    number = 1 + straight.index("fsync step_00000004.tmp/manifest.json")
+    failed = train(nursery, folder, "failed", fail_at=number, fail_errno=errno.EIO)
+    assert failed.code == 2 and "Traceback" not in failed.log, failed.log
+    told = os.strerror(errno.EIO)
+    (line, *_) = [line for line in failed.log.splitlines() if "ERROR: step_00000004 was not saved" in line]
+    assert told in line
+    _, error = failed.log.split("moba-train: error: the checkpoint could not be written; the one before is untouched\n")
+    assert told in error and f"where:   {folder}/failed/checkpoints/step_00000004\n" in error
+    assert (folder / "failed" / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    assert not (folder / "failed" / "outcome.json").exists()
+
+
+def test_a_start_too_late_for_a_step_is_a_planned_stop_under_slurm_and_a_mistake_under_stop_after(
+    nursery: Nursery, folder: Path
+) -> None:
+    late = train(nursery, folder, "late", variables={"SLURM_JOB_END_TIME": str(int(time.time()) + 50)})
+    assert late.code == 0, late.log
+    outcome = json.loads((folder / "late" / "outcome.json").read_text())
+    assert (outcome["finished"], outcome["step"]) == (False, 0)
+    assert outcome["reason"].startswith("the end of the Slurm job, SLURM_JOB_END_TIME: ")
+    assert f"stopped ({outcome['reason']}) after step 0/{STEPS}\n" in late.log
+    assert records(folder / "late") == [] and not (folder / "late" / "checkpoints").exists()
+    short = train(nursery, folder, "late", "--stop-after", "50s")
+    assert short.code == 2 and "error: the deadline is too near to begin a step" in short.log
+    assert not (folder / "late" / "outcome.json").exists()
+
+
+def test_a_run_that_diverges_ends_with_code_2_and_everything_saved(nursery: Nursery, folder: Path) -> None:
+    absurd = ("--optimizer.lr", "1e30", "--optimizer.warmup-tokens", "0", "--optimizer.clip-grad", "0")
+    diverged = train(nursery, folder, "diverged", *absurd, "--run.max-bad-steps", "2")
+    assert diverged.code == 2 and "Traceback" not in diverged.log, diverged.log
+    assert "step 3 skipped on all ranks" in diverged.log and "2 in a row (run.max_bad_steps 2)" in diverged.log
+    assert "moba-train: error: the loss or the gradient norm was not finite for 2 steps in a row" in diverged.log
+    assert digests_of(folder / "diverged" / "checkpoints" / "step_00000003")
+    assert records(folder / "diverged")[-1]["step"] == 3
 
 
 def test_no_secret_of_the_environment_is_told_to_any_file(folder: Path, straight: list[str]) -> None:

@@ -246,6 +246,15 @@ def test_a_preflight_that_fails_ends_with_code_2_and_the_table(
     assert "run folder: cannot write there" in err and "data: tokenizer not found" in err
 
 
+def test_data_of_another_vocabulary_is_a_row_of_the_table(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_indexed(workspace / "other", [[1, 2, 600]], vocab_size=700)
+    words = ["preflight", str(workspace / "c.toml"), "--run-dir", str(workspace / "none")]
+    assert cli.main([*words, "--data.sources.text.path", str(workspace / "other")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("moba-train: error: 1 of 9 preflight checks failed\n")
+    assert re.search(r"^data: the data holds ids that .*data\.sources\.text\.path", err, re.MULTILINE), err
+
+
 def test_a_run_of_one_process_fails_its_preflight_before_weights_are_built(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moba_train import last_words
+from moba_train.commands.parts import joined_ranks
+from moba_train.config.schema import EngineConfig, RunConfig
 
 
 def test_the_first_error_gives_time_and_place_and_the_last_one_the_text(
@@ -24,6 +26,19 @@ def test_the_first_error_gives_time_and_place_and_the_last_one_the_text(
     for name, value in {"where": "step 7", "time_s": first["extraInfo"]["time_s"], "rank": 5, "code": 3}.items():
         assert told["extraInfo"][name] == value
     assert int(told["extraInfo"]["timestamp"]) == int(first["extraInfo"]["time_s"]), "torchrun reads it"
+
+
+def test_an_error_of_training_is_left_with_the_part_of_the_step_in_which_it_was_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(ZeroDivisionError), joined_ranks(RunConfig(engine=EngineConfig(device="cpu"))) as topology:
+        topology.watch.begin("step 7: forward, layer 3/8")
+        raise ZeroDivisionError("a bad row")
+    told = json.loads(file.read_text())["message"]
+    assert told["message"] == "ZeroDivisionError: a bad row"
+    assert told["extraInfo"]["where"].startswith("step 7: forward, layer 3/8")
 
 
 def test_nothing_happens_without_a_launcher_or_where_its_file_cannot_be_written(

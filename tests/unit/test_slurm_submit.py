@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -254,12 +255,49 @@ def test_failures_in_a_row_without_a_checkpoint_come_to_an_end(job: Job) -> None
     assert job(1)[::2] == (1, [])
     assert job(3, saved="step_1")[::2] == (0, REQUEUE), "a checkpoint was made: the count begins anew"
     assert [job(0)[::2] for _ in range(3)] == [(0, REQUEUE)] * 2 + [(1, [])], "done, but no outcome and no progress"
+    assert job(0, reason="SIGUSR1", saved="step_2", left_s=100)[::2] == (0, REQUEUE)
+    assert job(1)[1].endswith(
+        "failed, for the 1. time without a new checkpoint (at most 3 restarts); the job is requeued\n"
+    )
+
+
+def test_a_start_too_late_for_a_step_is_repeated_until_it_is_clear_that_the_limit_is_too_short(job: Job) -> None:
+    late = "the end of the Slurm job, SLURM_JOB_END_TIME: 30 s left, too little to begin a step"
+    assert job(0, reason="SIGUSR1", saved="step_1", left_s=100)[::2] == (0, REQUEUE)
+    for time_ in (1, 2, 3):
+        code, log, called = job(0, reason=late, left_s=30, restarts=time_)
+        assert (code, called) == (0, REQUEUE)
+        assert f"trained nothing ({late}), for the {time_}. time without a new checkpoint" in log
+    code, log, called = job(0, reason=late, left_s=30, restarts=4)
+    assert (code, called) == (1, []) and log.endswith("4 starts in a row without a new checkpoint; given up\n")
+
+
+def test_a_late_start_behind_a_checkpoint_of_the_same_job_just_goes_on(job: Job) -> None:
+    """A rank died after a save, and torchrun started it again with less than a minute left."""
+    late = "the end of the Slurm job, SLURM_JOB_END_TIME: 30 s left, too little to begin a step"
+    code, log, called = job(0, reason=late, saved="step_1", left_s=30)
+    assert (code, called) == (0, REQUEUE) and f"stopped for the time limit ({late})" in log
+
+
+def test_a_job_whose_failures_cannot_be_counted_does_not_start_again_for_ever(job: Job, tmp_path: Path) -> None:
+    count = tmp_path / "run" / "slurm-12345.failures"
+    count.write_text("a[$(touch hit)]")  # whatever stands there is no program
+    assert job(1)[::2] == (0, REQUEUE) and count.read_text() == "1\n" and not (tmp_path / "hit").exists()
+    count.unlink()
+    count.mkdir()
+    code, log, called = job(137)
+    assert (code, called) == (137, []) and "cannot be counted in run; given up" in log
+
+
+def test_a_job_that_fails_before_there_is_a_run_folder_is_counted_too(job: Job, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "run")
+    assert [job(127)[::2] for _ in range(4)] == [(0, REQUEUE)] * 3 + [(127, [])]
 
 
 def test_an_outcome_of_an_earlier_start_does_not_count(job: Job) -> None:
     assert job(0, reason="finished", saved="step_1")[::2] == (0, [])
     code, log, called = job(0)
-    assert (code, called) == (0, REQUEUE) and "failed, for the 1. time" in log
+    assert (code, called) == (0, REQUEUE) and "trained nothing (no outcome), for the 1. time" in log
 
 
 def test_a_refused_requeue_is_a_failure_unless_it_was_wished(job: Job, tmp_path: Path) -> None:

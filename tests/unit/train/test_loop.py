@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 
 from moba_train.errors import TrainingDiverged, UserError
 from moba_train.parallel.topology import Topology
+from moba_train.train import checkpoint
 from moba_train.train.checkpoint import list_checkpoints, read_state
 from moba_train.train.metrics import JsonlWriter, Record, read_metrics
 from moba_train.train.progress import Progress
 from moba_train.train.signals import StopSignals
+from moba_train.train.stopping import Stopping
+from tests.unit.train import toy
 from tests.unit.train.toy import STAGES, TOTAL_STEPS, ToyRun
 
 TIMES = ("perf/step_time_s", "perf/tokens_per_s", "perf/tokens_per_s_per_rank", "memory/peak_gib")
@@ -97,7 +101,7 @@ def test_resuming_a_finished_run_does_nothing(tmp_path: Path, topology: Topology
     assert again.asked() == [] and len(records(tmp_path)) == TOTAL_STEPS
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_stops_cleanly_after_the_current_step(tmp_path: Path, topology: Topology, name: str) -> None:
     evaluated = []
 
@@ -125,6 +129,49 @@ def test_a_signal_during_an_evaluation_stops_before_another_step(tmp_path: Path,
     assert (outcome.finished, outcome.progress.step, outcome.reason) == (False, 3, "SIGUSR1")
     assert records(tmp_path)[-1]["eval/loss"] == 1.0
     assert list_checkpoints(tmp_path)[-1].name == "step_00000003"
+
+
+def test_deadlines_are_reckoned_with_the_save_that_was_measured(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[float, float | None]] = []
+
+    class Noting(Stopping):
+        def wish(self, save_time_s: float, in_flight_s: float | None = None) -> str:
+            told.append((save_time_s, in_flight_s))
+            return super().wish(save_time_s, in_flight_s)
+
+    def slow_seal(paths: Any) -> Any:
+        time.sleep(0.2)
+        return seal_files(paths)
+
+    seal_files = vars(checkpoint)["seal_files"]
+    monkeypatch.setattr(checkpoint, "seal_files", slow_seal)
+    monkeypatch.setattr(toy, "Stopping", Noting)
+    run = ToyRun(tmp_path, topology, every_steps=2)
+    run.go()
+    before, during, *_, last = told
+    assert before == (0.0, None), "no save has been measured, and none is under way"
+    assert during == (0.0, None) and told[2][0] == 0.0 and (told[2][1] or 0.0) > 0.0, "the save of step 2 is under way"
+    assert last[0] > 0.2, "from its begin to its publication"
+
+
+def test_where_too_little_time_is_left_nothing_is_trained_and_the_reason_is_told(
+    tmp_path: Path, topology: Topology
+) -> None:
+    ToyRun(tmp_path, topology, stop_after_steps=2).go()
+    late = ToyRun(tmp_path, topology, too_late="the end of the Slurm job: 30 s left")
+    outcome = late.go()
+    assert (outcome.finished, outcome.reason, outcome.progress.step) == (
+        False,
+        "the end of the Slurm job: 30 s left",
+        2,
+    )
+    assert late.asked() == [] and len(records(tmp_path)) == 2
+    assert late.log.lines[-1] == f"stopped (the end of the Slurm job: 30 s left) after step 2/{TOTAL_STEPS}"
+    ToyRun(tmp_path, topology).go()
+    done = ToyRun(tmp_path, topology, too_late="30 s left").go()
+    assert (done.finished, done.reason) == (True, "finished")
 
 
 def test_evaluations_land_in_the_record_of_their_step(tmp_path: Path, topology: Topology) -> None:

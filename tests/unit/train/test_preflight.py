@@ -31,7 +31,7 @@ from moba_train.train import preflight_facts as facts_of
 from moba_train.train.memory_plan import estimate_memory
 from moba_train.train.preflight import PreflightFailed, Report, run_preflight
 from moba_train.train.preflight_facts import free_disk, free_host_memory, leave_probe, reclaimed_disk
-from moba_train.train.preflight_groups import check_groups
+from moba_train.train.preflight_groups import check_groups, group_names
 from moba_train.train.preflight_rules import (
     GIB,
     Failure,
@@ -332,6 +332,22 @@ def test_a_data_file_that_may_not_be_read_is_a_failure_and_no_traceback(tmp_path
     report = run_preflight(config_at(tmp_path), topology, find_data_errors=refuse)
     (failure,) = next(result for result in report.results if result.check == "data").failures
     assert (failure.place, failure.found) == ("/data/train.bin", "Permission denied")
+
+
+@pytest.mark.parametrize("name", group_names(Topology))
+def test_a_collective_of_every_group_is_tried(topology: Topology, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A group gives a wrong sum, and is named; the others are sound."""
+    real: Callable[..., Any] = dist.all_reduce
+
+    def wrong(tensor: Any, **options: Any) -> Any:
+        if options["group"] is groups[name]:
+            tensor += 1
+        return real(tensor, **options)
+
+    groups = {of: dist.new_group() for of in group_names(topology)}
+    monkeypatch.setattr(dist, "all_reduce", wrong)
+    failures, _ = check_groups(replace(topology, **groups))
+    assert [failure.what for failure in failures] == [f"the {name.removesuffix('_group')} group gives a wrong result"]
 
 
 class Stuck:

@@ -113,14 +113,27 @@ def test_the_deadline_and_its_source_are_told_at_the_start() -> None:
     assert line.startswith("deadline: ") and "in 3600 s (stop_after 1h)" in line
 
 
-def test_a_job_that_could_never_get_anywhere_is_refused() -> None:
+def test_a_limit_of_our_own_that_is_always_too_short_is_refused() -> None:
     with pytest.raises(ConfigError) as refused:
-        Job(60.0).stopping.announce()
+        Job(60.0).stopping.too_late()
     message = refused.value.message()
     assert "the deadline is too near to begin a step" in message and "stop_after 1h" in message
     assert "60 s left" in message
-    assert Job(61.0).stopping.announce()
+    assert Job(61.0).stopping.too_late() == ""
     assert Job(61.0).step(5.0), "one step is done all the same"
+
+
+def test_under_slurms_own_deadline_a_late_start_is_a_planned_stop() -> None:
+    """Ranks that are started again late in a job; the job's next start has all its time."""
+
+    def late(left_s: float) -> str:
+        (slurms,) = deadlines("never", {"SLURM_JOB_END_TIME": "2000"})
+        own = Deadline("stop_after 1h", 9e9)
+        return Stopping(StopSignals(), (own, slurms), clock=lambda: 2000.0 - left_s).too_late()
+
+    assert late(61.0) == ""
+    assert late(60.0).startswith("the end of the Slurm job, SLURM_JOB_END_TIME: 60 s left, too little to begin a step")
+    assert "SLURM_JOB_END_TIME: 0 s left" in late(-500.0)
 
 
 def test_stop_after_counts_from_the_start_of_the_process_and_slurm_tells_when_the_job_ends() -> None:

@@ -139,6 +139,7 @@ class ToyRun:
     run_dir: Path
     topology: Topology
     stop_after_steps: int = 0
+    too_late: str = ""
     resume: str = "auto"
     every_steps: int = 2
     keep_last: int = 2
@@ -172,7 +173,8 @@ class ToyRun:
                     self.engine,
                     schedule=schedule,
                     start=start.progress,
-                    until_step=schedule.total_steps,
+                    until_step=start.progress.step if self.too_late else schedule.total_steps,
+                    too_late=self.too_late,
                     run=RunSection(
                         log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps
                     ),
