@@ -24,8 +24,8 @@ COMPANIONS: Final = (
     *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
-VOCABULARIES: Final = ("tokenizer.model", "tokenizer.json")
-"""Those of them that data.tokenizer may name."""
+VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model")
+"""Those of them that data.tokenizer may name; the first also says what begins a document."""
 
 
 def copy_companions(source: Path, target: Path, *, also: tuple[str, ...] = ()) -> None:

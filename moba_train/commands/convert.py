@@ -43,8 +43,9 @@ _STARTING_STEPS: Final = 100
 _MOST_GIB: Final = 1 << 20
 _HEADER: Final = """\
 # Written by `moba-train convert from-hf`: the model, and one stage with its position embedding and longest sequence.
-# Under attention = "full" it computes what the original computes. Set data and stages as you need them, then
-#   moba-train train {path}
+# Under attention = "full" it computes what the original computes. This file is part of the weights, and its hash is
+# compared with theirs: copy it, set data and stages in the copy as you need them, then
+#   moba-train train COPY
 # Weights are read from model.init_from at step 0; a run that has saved goes on from its own checkpoints.
 
 """
@@ -75,10 +76,10 @@ def run_from_hf(source: Path, out: Path) -> int:
         versions = {"moba-train": __version__, "torch": version("torch"), "megatron-core": version("megatron-core")}
         write_durably(aside / STATE, _json(weights_state(found.model, list(tokenizers.values()), versions)))
         write_manifest(aside, seal_files(sorted(aside.iterdir())))
-    print(f"written {out}: the weights, and {CONFIG} to start from (its data and stages are yours to set)")
+    print(f"written {out}: the weights, and {CONFIG} to start from (copy it; data and stages are yours to set)")
     if not tokenizers:
         print(f"{source} holds no tokenizer: name the model's own in data.tokenizer")
-    print(f"next: moba-train train {out / CONFIG} --run-dir ..., or model.init_from in a configuration of yours")
+    print("next: moba-train train COPY, or model.init_from in a configuration of yours")
     return 0
 
 
@@ -189,18 +190,19 @@ def _made_whole(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `out` is there and not empty, or the disk refuses.
     """
-    aside = out.with_name(out.name + ".tmp")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} is there already")
+        whole = out.absolute()  # "." has no name of its own
+        aside = whole.with_name(whole.name + ".tmp")
         aside.mkdir(parents=True)
     except OSError as error:
         raise _unwritable(out, error, "Name a new folder; remove what an interrupted conversion has left.") from error
     try:
         yield aside
         fsync_path(aside)
-        aside.replace(out)
-        fsync_path(out.absolute().parent)
+        aside.replace(whole)
+        fsync_path(whole.parent)
     except OSError as error:
         raise _unwritable(out, error, "Check free space and permissions.") from error
     finally:
@@ -238,7 +240,7 @@ def _starting_config(found: HfModel, dtype: torch.dtype, out: Path, tokenizers: 
             }
         ],
     }
-    return _HEADER.format(path=out / CONFIG) + tomli_w.dumps(tree)
+    return _HEADER + tomli_w.dumps(tree)
 
 
 def _described(model: ModelConfig, dtype: torch.dtype) -> str:

@@ -24,7 +24,11 @@ from tests.integration.hf_case import HF_CASES, converted, logits_of, make_model
 from tests.integration.hf_ranks import NUM_TOKENS, OPTIMIZER, STEPS, Found, Job, computed, hf_row, rows_of_step
 
 SAVED = ("qwen2, tied, 8 a group", "qwen3, linear, 1 a group")
-TRAINED = ("llama, llama3 scaling, 1 query head a group", "qwen2, tied, 8 a group")
+TRAINED = (
+    "llama, llama3 scaling, 1 query head a group",
+    "qwen2, tied, 8 a group",
+    "qwen3, llama3 scaling, tied, 4 a group",
+)
 
 
 @dataclass

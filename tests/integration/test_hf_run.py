@@ -88,7 +88,7 @@ def test_a_run_begins_with_converted_weights_goes_on_from_its_own_and_goes_home(
     train += "--optimizer.lr 0.01"
     told = run_commands(
         tmp_path,
-        "prep text --out data --tokenizer source/tokenizer.model --held-out 0.3",
+        "prep text --out data --tokenizer source/tokenizer.json --held-out 0.3",
         "convert from-hf source ours",
         "convert from-hf source ours",
         f"{train} --data.tokenizer other.model",
@@ -105,6 +105,7 @@ def test_a_run_begins_with_converted_weights_goes_on_from_its_own_and_goes_home(
     assert codes == [0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0], told[-1]
     _, _, again, other_tokenizer, other_model, resumed, first, home, second, chained, farther, niah = told
     assert "ours is there already" in again[2]
+    assert 'tokenizer = "ours/tokenizer.json"' in (tmp_path / "ours" / "config.toml").read_text()
     assert "the weights know another vocabulary" in other_tokenizer[2] or "another tokenizer" in other_tokenizer[2]
     assert (
         "model.head_dim = 16 in this run" in other_model[2] and "Copy [model] from ours/config.toml" in other_model[2]
@@ -114,7 +115,7 @@ def test_a_run_begins_with_converted_weights_goes_on_from_its_own_and_goes_home(
     assert "resuming from run/checkpoints/step_00000002" in second[1] and "initial weights" not in second[1]
     assert "tokenizer files of ours" in home[1]
     assert "initial weights: run/checkpoints/step_00000004" in chained[1]
-    assert "tokenizer.json made of ours/tokenizer.model" in farther[1]  # where the run began is not there any more
+    assert "tokenizer.json of ours/tokenizer.json" in farther[1]  # where the run began is not there any more
     assert "evaluating ours" in niah[1] and (tmp_path / "ours" / "niah.jsonl").exists()
 
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

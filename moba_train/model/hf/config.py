@@ -132,12 +132,12 @@ def _model(settings: Settings, family: Family) -> ModelConfig:
 
 def _demand_plain_attention(settings: Settings, family: Family, num_layers: int) -> None:
     """No window, no other biases, no dropout, no quantised or foreign parts."""
-    window = settings.take("sliding_window")
+    window = settings.take("sliding_window") if settings.holds("sliding_window") else MISSING  # Qwen's is 4096 then
     first = settings.take("max_window_layers", 0)
     used = settings.flag("use_sliding_window", False) and window is not None
     if used and not (type(first) is int and first >= num_layers):
         settings.refuse("sliding_window", window, "not in use: use_sliding_window = false")
-    elif family == "llama" and window is not None:
+    elif family == "llama" and window not in (None, MISSING):
         settings.refuse("sliding_window", window, "null")
     layers = settings.take("layer_types")
     plain = isinstance(layers, list) and len(layers) == num_layers and all(kind == "full_attention" for kind in layers)
@@ -164,9 +164,9 @@ def _rope(settings: Settings, max_seq_len: int) -> RopeConfig:
     if new and old and new != old:
         settings.refuse("rope_scaling", old, "the same as rope_parameters, or null")
     rope = Settings(new or old, "rope_parameters." if new else "rope_scaling.", settings.refused)
-    outside = settings.take("rope_theta", 10000.0)
-    base = rope.number("rope_theta", outside)
-    if outside not in (base, 10000.0):
+    outside = settings.take("rope_theta")
+    base = rope.number("rope_theta", 10000.0 if outside is None else outside, above=1)
+    if outside not in (None, base):
         settings.refuse("rope_theta", outside, f"{base}, as beside the scaling")
     settings.demand("partial_rotary_factor", 1, 1.0)
     rope.demand("partial_rotary_factor", 1, 1.0)

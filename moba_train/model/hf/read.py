@@ -155,9 +155,9 @@ def _headers(folder: Path) -> dict[str, _Stored]:
 def _index(folder: Path) -> dict[str, str]:
     """Tensor -> file name, from the index; {} where one file holds all."""
     path = folder / INDEX
+    if (folder / SINGLE).is_file():  # then transformers does not look at an index either
+        return {}
     if not path.is_file():
-        if (folder / SINGLE).is_file():
-            return {}
         raise CheckpointError(
             "the folder holds no weights in safetensors form",
             where=str(folder),
@@ -169,7 +169,8 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(weights, dict) or not weights:
         raise _bad_file(path, "weight_map is missing or empty")
     for name, file in weights.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        is_name = isinstance(file, str) and file.isprintable() and Path(file).name == file
+        if not is_name or not file.endswith(".safetensors"):
             raise _bad_file(path, f"{name} lies in {str(file)[:80]!r}, which is not the name of a safetensors file")
     return weights
 

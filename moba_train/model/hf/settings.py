@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ class Settings:
         self._prefix = prefix
         self.refused: list[tuple[str, str]] = [] if refused is None else refused
 
+    def holds(self, name: str) -> bool:
+        """Is the setting given, if only as null, and not taken yet?"""
+        return name in self._left
+
     def take(self, name: str, default: object = None) -> Any:
         """A setting as it stands; `default` for one that is missing or null."""
         value = self._left.pop(name, None)
@@ -42,12 +46,12 @@ class Settings:
             return 1
         return value
 
-    def number(self, name: str, default: object = MISSING) -> float:
-        """A positive, finite number."""
+    def number(self, name: str, default: object = MISSING, *, above: int = 0) -> float:
+        """A finite number > `above`."""
         value = self.take(name, default)
-        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-            self.refuse(name, value, "a number > 0")
-            return 1.0
+        if type(value) not in (int, float) or not above < value <= sys.float_info.max:
+            self.refuse(name, value, f"a number > {above}")
+            return above + 1.0
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

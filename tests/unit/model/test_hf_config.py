@@ -200,6 +200,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LLAMA_3, {"rope_scaling": {**LLAMA_3["rope_scaling"], "low_freq_factor": 4.0}}, "low_freq_factor = 4.0"),  # type: ignore[dict-item]
     (LLAMA_3, {"rope_parameters": {"rope_type": "default"}}, "rope_scaling = "),
     (LLAMA_3, {"rope_theta": "500000"}, 'rope_theta = "500000"'),
+    (LLAMA_3, {"rope_theta": 1}, "rope_theta = 1"),
+    (LLAMA_3, {"rope_theta": 10**400}, "rope_theta = 1000"),
     (LLAMA_3, {"rms_norm_eps": None}, "rms_norm_eps = missing"),
     (LLAMA_3, {"rms_norm_eps": float("nan")}, "rms_norm_eps = NaN"),
     (LLAMA_3, {"num_hidden_layers": True}, "num_hidden_layers = true"),
@@ -219,6 +221,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN_25, {"rope_scaling": {**YARN, "beta_fast": 0.5}}, "beta_slow = 1.0"),
     (QWEN_25, {"rope_scaling": YARN, "original_max_position_embeddings": 4096}, "original_max_position_embeddings"),
     (QWEN_25, {"rope_scaling": {**YARN, "rope_theta": 5.0}}, "rope_theta = 1000000.0"),
+    (QWEN_25, {"rope_theta": 1e4, "rope_scaling": {**YARN, "rope_theta": 1e6}}, "rope_theta = 10000.0"),
     (QWEN_3, {"attention_bias": True}, "attention_bias = true"),
 ]
 
@@ -230,6 +233,14 @@ def test_what_would_change_the_function_is_refused_by_name(
     with pytest.raises(CheckpointError) as caught:
         parse_config({**tree, **change})
     assert named in str(caught.value.got)
+
+
+def test_a_window_in_use_whose_length_is_not_told_is_refused() -> None:
+    tree = {**QWEN_25, "use_sliding_window": True, "num_hidden_layers": 36}  # Qwen2 has a window of 4096 by default
+    del tree["sliding_window"]
+    with pytest.raises(CheckpointError) as caught:
+        parse_config(tree)
+    assert caught.value.got == "sliding_window = missing"
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -159,7 +159,17 @@ def test_frequencies_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
     changed(tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)})
 
 
-HOSTILE_FILES = ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", "..", "", 7, None]
+HOSTILE_FILES = [
+    "../outside.safetensors",
+    "/etc/passwd",
+    "sub/model.safetensors",
+    "model.bin",
+    "..",
+    "",
+    7,
+    None,
+    "\ud800.safetensors",
+]
 
 
 @pytest.mark.parametrize("file", HOSTILE_FILES, ids=repr)
@@ -187,6 +197,14 @@ def test_an_index_that_lies_about_its_files_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             HfWeights(folder, MODEL)
         assert told in str(caught.value.got)
+
+
+def test_of_one_file_and_an_index_the_file_counts_as_in_transformers(tmp_path: Path) -> None:
+    folder = saved(tmp_path, tensors_of(MODEL))
+    save_file({name: tensor + 1 for name, tensor in tensors_of(MODEL).items()}, folder / SINGLE)
+    weights = HfWeights(folder, MODEL)
+    (norm,) = (place for place in places(MODEL) if place.key == "decoder.final_layernorm.weight")
+    assert torch.equal(weights.assembled(norm), tensors_of(MODEL)["model.norm.weight"] + 1)
 
 
 @pytest.mark.parametrize("tree", [{}, {"weight_map": {}}, {"weight_map": []}], ids=["none", "empty", "list"])

@@ -142,6 +142,16 @@ def test_nothing_is_overwritten(tmp_path: Path, there: str) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_folder_that_one_stands_in_may_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_weights(tmp_path / "ours", MODEL)
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    run_to_hf(Path("../ours"), Path("."), tokenizer=None, drop=False, max_file_gib=1.0)
+    assert (tmp_path / "home" / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="the folder cannot be written"):
+        run_to_hf(tmp_path / "ours", Path("/"), tokenizer=None, drop=False, max_file_gib=1.0)
+
+
 def test_a_model_trained_from_nothing_takes_its_own_vocabulary_home(tmp_path: Path) -> None:
     lines = [f"value_{i} = compute(value_{i - 1}, {i * 37 % 101})  # keep the order of the steps\n" for i in range(400)]
     ours = train_tokenizer(lines, tmp_path / "tokenizer.model", vocab_size=330)
@@ -170,3 +180,4 @@ def test_a_model_trained_from_nothing_takes_its_own_vocabulary_home(tmp_path: Pa
     write_manifest(tmp_path / "run", seal_files(sorted(files)))
     with pytest.raises(CheckpointError, match="the tokenizer of the model is not where it was"):
         run_to_hf(tmp_path / "run", tmp_path / "third", tokenizer=None, drop=False, max_file_gib=1.0)
+    assert not list(tmp_path.glob("third*"))  # nothing half-made is left
