@@ -9,6 +9,8 @@ again), 1 anything else. Every sub-command imports what it needs when it runs: `
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 import time
@@ -18,8 +20,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from moba_train import __version__, last_words
-from moba_train.commands.parsers import OVERRIDES, add_checkpoint, add_convert, add_data, add_preflight, add_slurm
+from moba_train.commands.parsers import (
+    OVERRIDES,
+    add_checkpoint,
+    add_convert,
+    add_data,
+    add_preflight,
+    add_scale,
+    add_slurm,
+)
 from moba_train.errors import EXIT_RANKS, ConfigError, ExchangeError, UserError
+from moba_train.quiet import collection_paused
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -36,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: words after the program name; None = sys.argv.
     """
+    atexit.register(gc.freeze)  # the end is no time to look for garbage among all that was imported
     args, overrides = build_parser().parse_known_args(argv)
     try:
         return _run(args, overrides)
@@ -111,13 +123,17 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
         "sources",
         nargs="*",
         metavar="SOURCE",
-        help='folders of text or code, .txt, .jsonl, .jsonl.gz; "stdlib" (the default): Python\'s own library as text',
+        help="folders of text or code, .txt, .jsonl[.gz|.zst], .parquet; "
+        '"stdlib" (the default): Python\'s own library as text',
     )
     prep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     prep.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train [4096]")
     prep.add_argument("--tokenizer", type=Path, metavar="PATH", help="take this .model or tokenizer.json, train none")
     prep.add_argument(
         "--eod", default="", metavar="TOKEN", help="of a tokenizer.json: it ends documents [its eos_token]"
+    )
+    prep.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="renders conversations [the one beside tokenizer.json]"
     )
     prep.add_argument(
         "--needles",
@@ -151,6 +167,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser], co
         help="auto: go on from the run folder's newest intact checkpoint, if it has one; never: start in an unused "
         "folder; PATH: go on from that run or checkpoint folder [auto]",
     )
+    add_scale(train)
     train.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
 
 
@@ -184,6 +201,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
         "plan", parents=[common], allow_abbrev=False, help="show what a configuration will do", epilog=OVERRIDES
     )
     plan.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    add_scale(plan)
     plan.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
 
 
@@ -236,6 +254,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.help_config:
         overrides = ["--help"]
     config = load_config(args.config, overrides)
+    if args.scale:
+        from moba_train.commands.miniature import in_miniature
+
+        config = in_miniature(config, make=args.command != "plan")
     if args.command == "plan":
         from moba_train.plan_view import build_plan, render_plan
 
@@ -252,7 +274,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
         from moba_train.commands.inputs import check_training_inputs
 
         check_training_inputs(config)
-    from moba_train.commands.train import run_train
+    with collection_paused():
+        from moba_train.commands.train import run_train
 
     return run_train(config, resume=args.resume)
 
@@ -266,6 +289,7 @@ def _prep(args: argparse.Namespace) -> int:
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
         eod=args.eod,
+        chat_template=args.chat_template,
         needles=args.needles,
         held_out=args.held_out,
         seed=args.seed,

@@ -18,6 +18,7 @@ def run_prep(
     vocab_size: int,
     tokenizer: Path | None,
     eod: str,
+    chat_template: Path | None,
     needles: dict[int, int],
     held_out: float,
     seed: int,
@@ -31,6 +32,7 @@ def run_prep(
     Args:
         tokenizer: a sentencepiece model or a tokenizer.json to take; None = train one of `vocab_size` ids.
         eod: of a tokenizer.json, the token that ends a document; "" = its eos_token.
+        chat_template: renders conversations; None = the template beside the tokenizer.json.
         workers: encoding processes; 0 = one for each core that this process may use.
 
     Raises:
@@ -41,6 +43,7 @@ def run_prep(
         sources=sources,
         tokenizer=str(tokenizer) if tokenizer is not None else TRAIN,
         eod=eod,
+        chat_template=str(chat_template) if chat_template is not None else "",
         vocab_size=vocab_size,
         held_out=held_out,
         max_mib=max_mib,
@@ -64,6 +67,16 @@ def _print_report(report: PrepReport, options: PrepOptions) -> None:
     )
     if read.bad:
         console.print(f"left out {read.bad:,} broken records, the first: {read.first_bad}", markup=False)
+    if report.chat is not None:
+        chat = report.chat
+        share = chat.loss_tokens / max(1, chat.tokens)
+        console.print(
+            f"{chat.documents:,} of the documents are conversations: the loss is on what the assistant says, "
+            f"{share:.1%} of their {chat.tokens:,} tokens",
+            markup=False,
+        )
+        if chat.silent:
+            console.print(f"left out {chat.silent:,} conversations in which the assistant says nothing", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("written", overflow="fold")  # a path is to be read whole
     table.add_column("documents", justify="right")

@@ -6,7 +6,7 @@ index of the first sequence of each document (and the end). Megatron writes the 
 anything maps it, because numpy and Megatron answer a damaged pair with an assertion or with garbage.
 
 A third file may stand beside them: `PREFIX.spans.npy`, int64 [spans, 3], rows (document, start, end) sorted by
-document: tokens start..end-1 of that document are answers, and only answers count in the loss.
+document: only tokens start..end-1 of these rows count in the loss (answers to needles, an assistant's words).
 
 Legend: all lengths and offsets are in tokens unless a name says bytes.
 """

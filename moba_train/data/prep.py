@@ -2,7 +2,9 @@
 
     tokenizer.model                      sentencepiece, trained on a sample of the training text, or taken as it is
     tokenizer.json, tokenizer_config.json  instead of it, where a tokenizer.json is taken
+    chat_template.jinja                  what rendered the conversations, if there are any
     train.bin/.idx, valid.bin/.idx       documents, each ending in end-of-document
+    train.spans.npy, valid.spans.npy     what the loss is on, where there are conversations
     needle_<length>.bin/.idx/.spans.npy  training documents with needles (on request), hidden in training text
     prep.json                            options, counts, file sizes; written last: where it stands, prep has finished
 
@@ -12,7 +14,6 @@ A hash of a document's text decides whether it is held out. The number of proces
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,24 +24,23 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from moba_train.data.encode import Frame, document_hash, encoded, in_batches
+from moba_train.data.chat import TEMPLATE_NAME, ChatEncoder, ChatTemplate, find_template
+from moba_train.data.chat_gate import ChatGate
+from moba_train.data.encode import Batch, Coding, Frame, encoded, in_batches
 from moba_train.data.files import published
 from moba_train.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, spans_path, write_spans
 from moba_train.data.needles import FORMAT, NeedleText, build_needle_document, haystack_of, load_words, special_words
-from moba_train.data.readers import ReadStats, SourceFile, list_files, read_documents, signature
+from moba_train.data.pair_writer import PairWriter
+from moba_train.data.readers import ReadStats, SourceFile, broken, list_files, read_documents, signature
+from moba_train.data.survey import Survey, expected_bytes, survey
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from moba_train.errors import ConfigError, DataError
+from moba_train.data.tokenizer_hf import SETTINGS, HfTokenizer
+from moba_train.errors import ConfigError
 
 PREP_VERSION = 1
 """Raised when the same options begin to give other bytes."""
 TRAIN = "train"
 """Value of `PrepOptions.tokenizer` that trains one."""
-TOKENIZER_SAMPLE_MIB = 8
-"""Text that the tokenizer is trained on; more changes it little and takes longer."""
-SURVEY_MIB = 1024
-"""Text looked at before encoding, for the tokenizer's sample and the smallest held-out share."""
-MIN_HELD_OUT_KIB = 64
-"""Of a small corpus at least this much is held out (but at most a tenth of it)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class PrepOptions:
         sources: files, folders, or "stdlib".
         tokenizer: "train", or the path of a sentencepiece model or of a tokenizer.json.
         eod: of a tokenizer.json, the token that ends a document; "" = its eos_token.
+        chat_template: file with the template that renders conversations; "" = the one beside the tokenizer.json.
         vocab_size: ids of a trained tokenizer.
         held_out: share of the documents that is held out for evaluation.
         max_mib: read at most this much text; 0 = everything.
@@ -66,6 +67,7 @@ class PrepOptions:
     sources: tuple[str, ...] = ("stdlib",)
     tokenizer: str = TRAIN
     eod: str = ""
+    chat_template: str = ""
     vocab_size: int = 4096
     held_out: float = 0.02
     max_mib: float = 0.0
@@ -74,6 +76,23 @@ class PrepOptions:
     workers: int = 1
     needles: dict[int, int] = field(default_factory=dict)
     seed: int = 1234
+
+
+@dataclass(frozen=True)
+class ChatCounts:
+    """Conversations among the documents.
+
+    Attributes:
+        documents: how many were written.
+        tokens: theirs.
+        loss_tokens: those of them that are the assistant's.
+        silent: conversations that were left out because the assistant says nothing in them.
+    """
+
+    documents: int
+    tokens: int
+    loss_tokens: int
+    silent: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,7 @@ class PrepReport:
         fingerprint: of the tokenizer.
         documents: documents by pair ("train", "valid", "needle_128", ...).
         tokens: tokens by pair.
+        chat: of the conversations; None if there are none.
     """
 
     up_to_date: bool
@@ -97,6 +117,7 @@ class PrepReport:
     fingerprint: str
     documents: dict[str, int]
     tokens: dict[str, int]
+    chat: ChatCounts | None = None
 
 
 def prepare(options: PrepOptions) -> PrepReport:
@@ -108,20 +129,36 @@ def prepare(options: PrepOptions) -> PrepReport:
     """
     _check_options(options)
     files = list_files(options.sources)
-    request = _request(options, files)
-    finished = _finished(options.out, request)
+    taken = None if options.tokenizer == TRAIN else load_tokenizer(options.tokenizer, eod=options.eod)
+    template = _template(options, taken)
+    request = _request(options, files, taken)
+    finished = _finished(options.out, request, template)
     if finished is not None:
         return finished
     (options.out / "prep.json").unlink(missing_ok=True)
+    gate = ChatGate(template, taken, options.tokenizer, join=options.join)
     with _progress() as progress:
-        survey = _survey(options, files, progress)
-        tokenizer = _make_tokenizer(options, survey)
-        stats, documents, tokens = _encode(options, files, survey, tokenizer, progress)
+        found = survey(
+            files,
+            gate,
+            progress,
+            held_out=options.held_out,
+            max_mib=options.max_mib,
+            skip_bad=options.skip_bad,
+        )
+        tokenizer = _make_tokenizer(options, found, taken)
+        stats, pairs, silent = _encode(options, files, found, tokenizer, gate, progress)
+        documents = {name: pair.writer.num_documents for name, pair in pairs.items()}
+        tokens = {name: pair.writer.num_tokens for name, pair in pairs.items()}
         for length, count in sorted(options.needles.items()):
             name = f"needle_{length}"
             documents[name], tokens[name] = _write_needles(options, tokenizer, length, count, progress)
+    chat = _chat_counts(pairs, silent)
     name = tokenizer.path.name
-    report = PrepReport(False, stats, name, tokenizer.vocab_size, tokenizer.fingerprint, documents, tokens)
+    report = PrepReport(False, stats, name, tokenizer.vocab_size, tokenizer.fingerprint, documents, tokens, chat)
+    if chat is not None and template is not None:
+        _write_template(options.out, template)
+        request |= {"chat_template": template.fingerprint}
     _write_record(options.out, request, report, tokenizer)
     return report
 
@@ -137,6 +174,12 @@ def _check_options(options: PrepOptions) -> None:
         raise ConfigError(
             "the end of documents is chosen for a tokenizer.json", where="--eod", got=options.eod, fix=fix
         )
+    if options.chat_template and not options.tokenizer.endswith(".json"):
+        fix = "name that of the chat model: --tokenizer PATH/tokenizer.json"
+        where, got = "--chat-template", options.tokenizer
+        raise ConfigError(
+            "a chat template needs the tokenizer.json that it was made for", where=where, got=got, fix=fix
+        )
     if options.workers < 1:
         raise ConfigError("at least one process must encode", where="--workers", got=options.workers, allowed=">= 1")
     for length, count in options.needles.items():
@@ -145,14 +188,14 @@ def _check_options(options: PrepOptions) -> None:
             raise ConfigError("length and number of needle documents must be positive", where="--needles", got=got)
 
 
-def _request(options: PrepOptions, files: list[SourceFile]) -> dict[str, Any]:
-    """Everything that decides the bytes."""
-    kept = {key: value for key, value in asdict(options).items() if key not in ("out", "workers", "eod")}
-    if options.tokenizer != TRAIN:
-        taken = load_tokenizer(options.tokenizer, eod=options.eod)
+def _request(options: PrepOptions, files: list[SourceFile], taken: Tokenizer | None) -> dict[str, Any]:
+    """Everything that decides the bytes, but for the chat template, which counts if there are conversations."""
+    others = ("out", "workers", "eod", "chat_template")
+    kept = {key: value for key, value in asdict(options).items() if key not in others}
+    if taken is not None:
         kept["tokenizer"] = taken.fingerprint
-        others = list(taken.files().items())[1:]
-        kept |= {name: hashlib.sha256(content).hexdigest() for name, content in others}
+        settings = list(taken.files().items())[1:]
+        kept |= {name: hashlib.sha256(content).hexdigest() for name, content in settings}
         del kept["vocab_size"]
     if not options.join:
         del kept["join"]  # folders from before there was this option are as they should be
@@ -161,7 +204,7 @@ def _request(options: PrepOptions, files: list[SourceFile]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(request)))
 
 
-def _finished(out: Path, request: dict[str, Any]) -> PrepReport | None:
+def _finished(out: Path, request: dict[str, Any], template: ChatTemplate | None) -> PrepReport | None:
     """The report of an earlier run with the same request whose files are all there, or None."""
     path = out / "prep.json"
     if not path.is_file():
@@ -170,6 +213,9 @@ def _finished(out: Path, request: dict[str, Any]) -> PrepReport | None:
         record = json.loads(path.read_text("utf-8"))
     except ValueError:
         return None
+    chat = record.get("chat") if isinstance(record, dict) else None
+    if chat is not None:
+        request = request | {"chat_template": template.fingerprint if template is not None else ""}
     if not isinstance(record, dict) or record.get("request") != request:
         return None
     if any(not (out / name).is_file() or (out / name).stat().st_size != n for name, n in record["files"].items()):
@@ -183,11 +229,12 @@ def _finished(out: Path, request: dict[str, Any]) -> PrepReport | None:
         tokenizer["fingerprint"],
         record["documents"],
         record["tokens"],
+        None if chat is None else ChatCounts(**chat),
     )
 
 
 def _write_record(out: Path, request: dict[str, Any], report: PrepReport, tokenizer: Tokenizer) -> None:
-    names = list(tokenizer.files())
+    names = [*tokenizer.files(), *([TEMPLATE_NAME] if report.chat is not None else [])]
     for pair in report.documents:
         found = (bin_path(out / pair), idx_path(out / pair), spans_path(out / pair))
         names.extend(path.name for path in found if path.exists())
@@ -202,108 +249,116 @@ def _write_record(out: Path, request: dict[str, Any], report: PrepReport, tokeni
         },
         "documents": report.documents,
         "tokens": report.tokens,
+        **({} if report.chat is None else {"chat": asdict(report.chat)}),
         "files": {name: (out / name).stat().st_size for name in names},
     }
     with published(out / "prep.json") as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
-# ------------------------------------------------------------------------------------------------ survey and tokenizer
+# --------------------------------------------------------------------------------------------- tokenizer and template
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What the first pass found: the hash below which a document is held out, and text to train a tokenizer on."""
-
-    threshold: int
-    sample: tuple[str, ...]
-
-
-def _survey(options: PrepOptions, files: list[SourceFile], progress: Progress) -> _Survey:
-    limit_mib = min(options.max_mib or SURVEY_MIB, SURVEY_MIB)
-    expected = _expected_bytes(files, limit_mib)
-    sampled_below = int(min(1.0, TOKENIZER_SAMPLE_MIB * 2**20 / max(1, expected)) * 2**64)
-    smallest: list[tuple[int, int]] = []  # heap of (-hash, bytes): the documents that would be held out first
-    kept_bytes = total_bytes = sampled_bytes = 0
-    sample: list[tuple[int, str]] = []
-    task = progress.add_task("looking at the text", total=expected)
-    for text in read_documents(files, skip_bad=options.skip_bad, max_mib=limit_mib):
-        digest, size = document_hash(text), len(text.encode())
-        order = int.from_bytes(digest[:8], "big")
-        total_bytes += size
-        progress.update(task, completed=total_bytes)
-        heapq.heappush(smallest, (-order, size))
-        kept_bytes += size
-        while kept_bytes - smallest[0][1] >= MIN_HELD_OUT_KIB * 1024:
-            kept_bytes -= heapq.heappop(smallest)[1]
-        if int.from_bytes(digest[8:16], "big") < sampled_below and sampled_bytes < 2 * TOKENIZER_SAMPLE_MIB * 2**20:
-            sampled_bytes += size
-            sample.append((order, text))
-    progress.update(task, total=max(1, total_bytes), completed=max(1, total_bytes))
-    if total_bytes == 0:
-        raise DataError("the sources hold no text", where=" ".join(options.sources), got=f"{len(files)} files")
-    threshold = int(options.held_out * 2**64)
-    wanted = min(MIN_HELD_OUT_KIB * 1024, total_bytes // 10)
-    covered = 0
-    for negative, size in sorted(smallest, reverse=True):
-        if covered >= wanted or (covered and covered + size > total_bytes // 5):
-            break
-        threshold = max(threshold, -negative + 1)
-        covered += size
-    return _Survey(threshold, tuple(text for order, text in sample if order >= threshold))
-
-
-def _expected_bytes(files: list[SourceFile], limit_mib: float) -> int:
-    # Text packs to about a quarter.
-    sizes = sum(file.path.stat().st_size * (4 if file.path.suffix == ".gz" else 1) for file in files)
-    return min(sizes, int(limit_mib * 2**20)) if limit_mib else sizes
-
-
-def _make_tokenizer(options: PrepOptions, survey: _Survey) -> Tokenizer:
-    if options.tokenizer != TRAIN:
-        files = load_tokenizer(options.tokenizer, eod=options.eod).files()
+def _make_tokenizer(options: PrepOptions, found: Survey, taken: Tokenizer | None) -> Tokenizer:
+    if taken is not None:
+        files = taken.files()
         for name, content in files.items():
             with published(options.out / name) as aside:
                 aside.write_bytes(content)
         return load_tokenizer(options.out / next(iter(files)))
     return train_tokenizer(
-        survey.sample, options.out / "tokenizer.model", vocab_size=options.vocab_size, words=special_words()
+        found.sample, options.out / "tokenizer.model", vocab_size=options.vocab_size, words=special_words()
     )
+
+
+def _template(options: PrepOptions, taken: Tokenizer | None) -> ChatTemplate | None:
+    """The template for conversations, if there should be any. One that was named is compiled at once."""
+    if not isinstance(taken, HfTokenizer):
+        return None
+    named = options.chat_template
+    template = find_template(taken, Path(named) if named else None, eod=options.eod)
+    if named and template is not None:
+        ChatEncoder(template, taken)
+    return template
+
+
+def _write_template(out: Path, template: ChatTemplate) -> None:
+    """Put the template beside the tokenizer, and take out of the settings whatever they called by that name."""
+    with published(out / TEMPLATE_NAME) as aside:
+        aside.write_text(template.source, "utf-8")
+    settings = json.loads((out / SETTINGS).read_text("utf-8"))
+    if settings.pop("chat_template", None) is not None:
+        with published(out / SETTINGS) as aside:
+            aside.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
 def _encode(
-    options: PrepOptions, files: list[SourceFile], survey: _Survey, tokenizer: Tokenizer, progress: Progress
-) -> tuple[ReadStats, dict[str, int], dict[str, int]]:
-    """Second pass: write train and valid; returns what was read, documents and tokens by pair."""
-    stats = ReadStats()
-    task = progress.add_task("encoding", total=_expected_bytes(files, options.max_mib))
-    texts = read_documents(files, skip_bad=options.skip_bad, max_mib=options.max_mib, stats=stats)
+    options: PrepOptions,
+    files: list[SourceFile],
+    found: Survey,
+    tokenizer: Tokenizer,
+    gate: ChatGate,
+    progress: Progress,
+) -> tuple[ReadStats, dict[str, PairWriter], int]:
+    """Second pass: write train and valid; returns what was read, the pairs, and how many conversations are silent."""
+    stats, silent, refused, first_refused = ReadStats(), 0, 0, ""
+    task = progress.add_task("encoding", total=expected_bytes(files, options.max_mib))
+    documents = read_documents(files, skip_bad=options.skip_bad, max_mib=options.max_mib, stats=stats)
     with ExitStack() as stack:
-        train, valid = (
-            stack.enter_context(IndexedWriter(options.out / name, vocab_size=tokenizer.vocab_size, join=options.join))
+        pairs = {
+            name: stack.enter_context(
+                PairWriter(options.out / name, vocab_size=tokenizer.vocab_size, join=options.join)
+            )
             for name in ("train", "valid")
-        )
+        }
         frame = Frame(list(tokenizer.begin_ids), [tokenizer.eod_id])
         if options.join and frame.before:
-            for writer in (train, valid):
-                writer.add(frame.before)
-        around = Frame([], []) if options.join else frame
-        for batch in encoded(in_batches(texts), survey.threshold, around, tokenizer, options.workers):
-            ends = np.cumsum(batch.lengths)
-            for held_out, end, length in zip(batch.held_out, ends, batch.lengths, strict=True):
-                if length:  # a tokenizer may leave nothing of a text
-                    (valid if held_out else train).add(batch.ids[end - length : end])
+            for pair in pairs.values():
+                pair.add_text(frame.before)
+        coding = Coding(found.threshold, Frame([], []) if options.join else frame, gate.template)
+        for batch in encoded(in_batches(gate.passed(documents)), coding, tokenizer, options.workers):
+            if batch.broken and not options.skip_bad:
+                raise broken(*batch.broken[0])
+            refused += len(batch.broken)
+            first_refused = first_refused or next((f"{where}: {why}" for where, why in batch.broken), "")
+            silent += _add_batch(batch, pairs)
             progress.update(task, completed=stats.num_bytes)
         if options.join:
-            for writer in (train, valid):
-                writer.add(frame.after)
+            for pair in pairs.values():
+                pair.add_text(frame.after)
     progress.update(task, total=max(1, stats.num_bytes), completed=max(1, stats.num_bytes))
-    writers = {"train": train, "valid": valid}
-    documents = {name: writer.num_documents for name, writer in writers.items()}
-    return stats, documents, {name: writer.num_tokens for name, writer in writers.items()}
+    # Counted at the end: how far the reader is ahead depends on the number of processes.
+    stats.documents -= refused
+    stats.bad += refused
+    stats.first_bad = stats.first_bad or first_refused
+    return stats, pairs, silent
+
+
+def _add_batch(batch: Batch, pairs: dict[str, PairWriter]) -> int:
+    """Write the documents of a batch; returns how many conversations there are in which the assistant says nothing."""
+    ends = np.cumsum(batch.lengths)
+    for place, (held_out, end, length) in enumerate(zip(batch.held_out, ends, batch.lengths, strict=True)):
+        pair, tokens = pairs["valid" if held_out else "train"], batch.ids[end - length : end]
+        if not length:  # a tokenizer may leave nothing of a text
+            continue
+        if place in batch.spans:
+            pair.add_chat(tokens, batch.spans[place])
+        else:
+            pair.add_text(tokens)
+    return sum(not len(spans_N2) for spans_N2 in batch.spans.values())
+
+
+def _chat_counts(pairs: dict[str, PairWriter], silent: int) -> ChatCounts | None:
+    documents = sum(pair.conversations for pair in pairs.values())
+    if not documents and not silent:
+        return None
+    tokens, loss = (
+        sum(counts) for counts in zip(*((pair.chat_tokens, pair.loss_tokens) for pair in pairs.values()), strict=True)
+    )
+    return ChatCounts(documents, tokens, loss, silent)
 
 
 # ------------------------------------------------------------------------------------------------------------- needles

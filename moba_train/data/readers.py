@@ -1,26 +1,30 @@
-"""Text documents from files, in the same order on every run.
+"""Documents from files, in the same order on every run.
 
-A source is a folder (all text and code files below it, by name), a `.txt` file or any other text file (one document),
-a `.jsonl` or `.jsonl.gz` file (one document per line, field "text"), or the word `stdlib`: the source tree of the
-Python that runs this, some 30 MB of real text that every machine with Python has.
+A source is a folder (all text, code and record files below it, by name), a `.txt` file or any other text file (one
+document), a file of records (`.jsonl`, packed as .gz or .zst or not, or `.parquet`: one document per line or row, in
+the field "text", or "messages" for a conversation), or the word `stdlib`: the source tree of the Python that runs
+this, some 30 MB of real text that every machine with Python has.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import sysconfig
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moba_train.data.compressed import DAMAGE, open_bytes
+from moba_train.data.parquet import ParquetError, parquet_rows
+from moba_train.data.records import Document, document_of, size_bytes
 from moba_train.errors import DataError
 
 STDLIB = "stdlib"
 """The built-in source."""
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIX = ".parquet"
+RECORD_SUFFIXES = (*JSONL_SUFFIXES, PARQUET_SUFFIX)
 TEXT_SUFFIXES = frozenset(
     (
         *(".txt", ".md", ".rst", ".tex", ".html", ".css", ".json", ".toml", ".yaml", ".yml", ".sql"),
@@ -29,6 +33,7 @@ TEXT_SUFFIXES = frozenset(
     )
 )
 """Endings that are read inside a folder; a file that is named itself is read whatever its ending."""
+_KINDS = {".gz": "gzip stream", ".zst": "zstd stream"}
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", ".git", ".venv", "node_modules"})
 
 
@@ -39,9 +44,9 @@ class ReadStats:
     Attributes:
         files: files read.
         documents: documents read.
-        num_bytes: UTF-8 bytes of them.
+        num_bytes: UTF-8 bytes of them (of a conversation: of its JSON).
         bad: broken records that were left out (`skip_bad`, or undecodable files of the built-in source).
-        first_bad: file and line of the first of them.
+        first_bad: file, and line or row, of the first of them.
     """
 
     files: int = 0
@@ -70,7 +75,7 @@ def list_files(sources: Sequence[str]) -> list[SourceFile]:
     for source in sources:
         found = _stdlib_files() if source == STDLIB else _files_of(Path(source))
         if not found:
-            endings = " ".join(sorted(TEXT_SUFFIXES)) + " " + " ".join(JSONL_SUFFIXES)
+            endings = " ".join(sorted(TEXT_SUFFIXES)) + " " + " ".join(RECORD_SUFFIXES)
             raise DataError("the folder holds no text file", where=source, allowed=endings)
         files.extend(found)
     if not files:
@@ -89,7 +94,7 @@ def signature(files: Sequence[SourceFile]) -> str:
 
 def read_documents(
     files: Sequence[SourceFile], *, skip_bad: bool = False, max_mib: float = 0.0, stats: ReadStats | None = None
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """Documents of the files, in order; empty ones are left out.
 
     Args:
@@ -98,17 +103,17 @@ def read_documents(
         stats: counters to fill.
 
     Raises:
-        DataError: a broken record, with file and line.
+        DataError: a broken record, with file and line or row; a file that takes too much memory to unpack.
     """
     stats = ReadStats() if stats is None else stats
     for file in files:
         stats.files += 1
-        for text in _records(file, skip_bad or file.may_be_bad, stats):
-            if not text.strip():
+        for document in _documents(file, skip_bad or file.may_be_bad, stats):
+            if isinstance(document, str) and not document.strip():
                 continue
             stats.documents += 1
-            stats.num_bytes += len(text.encode())
-            yield text
+            stats.num_bytes += size_bytes(document)
+            yield document
             if max_mib and stats.num_bytes >= max_mib * 2**20:
                 return
 
@@ -133,7 +138,7 @@ def _files_of(source: Path) -> list[SourceFile]:
             allowed=f"a file, a folder, or the word {STDLIB}",
             fix="mend the path",
         )
-    names = (path for path in _walk(source) if path.suffix in TEXT_SUFFIXES or path.name.endswith(JSONL_SUFFIXES))
+    names = (path for path in _walk(source) if path.suffix in TEXT_SUFFIXES or path.name.endswith(RECORD_SUFFIXES))
     return [SourceFile(path, path.as_posix()) for path in names]
 
 
@@ -143,52 +148,71 @@ def _walk(root: Path) -> list[Path]:
     return sorted(kept, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _records(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[str]:
+def _documents(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[Document]:
     if file.path.name.endswith(JSONL_SUFFIXES):
         yield from _json_lines(file, skip_bad, stats)
-        return
-    try:
-        yield file.path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        _bad(file, 0, f"not UTF-8: {error}", skip_bad, stats)
+    elif file.path.name.endswith(PARQUET_SUFFIX):
+        yield from _rows(file, skip_bad, stats)
+    else:
+        try:
+            yield file.path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            _bad(file.name, f"not UTF-8: {error}", skip_bad, stats)
 
 
-def _json_lines(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[str]:
-    opener = gzip.open if file.path.suffix == ".gz" else open
+def _json_lines(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[Document]:
     line_number = 0
     try:
-        with opener(file.path, "rb") as stream:
+        with open_bytes(file.path) as stream:
             for line_number, line in enumerate(stream, start=1):
-                if line.strip():
-                    text = _text_of(line)
-                    if isinstance(text, str):
-                        yield text
-                    else:
-                        _bad(file, line_number, str(text), skip_bad, stats)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        _bad(file, line_number + 1, f"damaged gzip stream: {error}", skip_bad, stats)
+                if not line.strip():
+                    continue
+                where = f"{file.name}, line {line_number}"
+                try:
+                    document = document_of(_json_of(line), where)
+                except ValueError as error:
+                    _bad(where, str(error), skip_bad, stats)
+                else:
+                    yield document
+    except DAMAGE as error:
+        kind = _KINDS.get(file.path.suffix, "file")
+        _bad(f"{file.name}, line {line_number + 1}", f"damaged {kind}: {error}", skip_bad, stats)
 
 
-def _text_of(line: bytes) -> str | ValueError:
-    """The document of a line, or what is wrong with it."""
+def _rows(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[Document]:
+    row_number = 0
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        return ValueError(f"not JSON: {error}")
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        return ValueError('no field "text" that holds a string')
+        for row_number, row in enumerate(parquet_rows(file.path), start=1):
+            where = f"{file.name}, row {row_number}"
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                document = document_of(row, where)
+            except ValueError as error:
+                _bad(where, str(error), skip_bad, stats)
+            else:
+                yield document
+    except ParquetError as error:
+        where = f"{file.name}, row {row_number + 1}" if row_number else file.name
+        _bad(where, str(error), skip_bad, stats, records=error.rows)
+
+
+def _json_of(line: bytes) -> object:
     try:
-        record["text"].encode()
-    except UnicodeEncodeError as error:
-        return ValueError(f"half a surrogate pair: {error}")
-    return str(record["text"])
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
 
 
-def _bad(file: SourceFile, line: int, why: str, skip_bad: bool, stats: ReadStats) -> None:
-    where = f"{file.name}, line {line}" if line else file.name
+def _bad(where: str, why: str, skip_bad: bool, stats: ReadStats, records: int = 1) -> None:
     if not skip_bad:
-        raise DataError(
-            "broken record", where=where, got=why, fix="mend it, or leave such records out and count them: --skip-bad"
-        )
-    stats.bad += 1
+        raise broken(where, why)
+    stats.bad += records
     stats.first_bad = stats.first_bad or f"{where}: {why}"
+
+
+def broken(where: str, why: str) -> DataError:
+    """The error for a broken record."""
+    return DataError(
+        "broken record", where=where, got=why, fix="mend it, or leave such records out and count them: --skip-bad"
+    )

@@ -20,7 +20,7 @@ class Row:
         labels_S: int64 [S], the token that follows inside the same document; the last token of a document predicts
             end-of-document.
         loss_mask_S: float32 [S], 1 where the label counts (0 on padding, on an end-of-document token, and outside the
-            answer spans of needle documents).
+            answers of a needle document or the assistant's words of a conversation).
         cu_seqlens: document boundaries, from 0 to S; padding is a document of its own at the end of the row.
         source: name of the source that the row was drawn from.
         sample_id: index of the row in its stage (0, 1, ...): with seed and stage it names the data exactly.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +28,7 @@ _SETTINGS_FILES: Final = ("special_tokens_map.json", SETTINGS)  # the later one 
 _SPACE: Final = "▁"
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
 _PIECEWISE: Final = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
+_NAMES: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _ID: Final = re.compile(r"[0-9]{1,9}")
 _SAVE_AGAIN: Final = "load the tokenizer with transformers and save it: tokenizer.save_pretrained(folder)"
 _SHOWN: Final = 8  # special tokens that a message lists
@@ -44,6 +45,10 @@ class HfTokenizer(Tokenizer):
     Raises:
         DataError: not a tokenizer.json, one that encodes at random or cannot be decoded, one that the files beside it
             contradict, or nothing says what ends a document.
+
+    Attributes:
+        named_tokens: what the files beside it call bos_token, eos_token and so on; the last is not replaced by `eod`.
+        own_chat_template: `chat_template` of tokenizer_config.json, whatever it is.
     """
 
     def __init__(self, path: Path, content: bytes, *, eod: str = "") -> None:
@@ -56,7 +61,11 @@ class HfTokenizer(Tokenizer):
         self._library.encode_special_tokens = True
         self._bytes = _is_bytewise(path, tree)
         self._alphabet = _alphabet()
-        self._settings = _read_settings(path.parent) | ({"eos_token": eod} if eod else {})
+        settings = _read_settings(path.parent)
+        named = {key: _text_of(settings.get(key)) for key in _NAMES}
+        self.named_tokens = {key: text for key, text in named.items() if text is not None}
+        self.own_chat_template = settings.get("chat_template")
+        self._settings = settings | ({"eos_token": eod} if eod else {})
         self._added = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
         self._check_added()
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())
@@ -67,6 +76,9 @@ class HfTokenizer(Tokenizer):
         pad_id = self._named("pad_token")
         self.pad_id = eod_id if pad_id is None else pad_id
         self._controls = self._mark_controls()
+        self._spellings = self.specials()
+        added = self._library.get_added_tokens_decoder()
+        self._folds = any(added[i].normalized for i in self._controls)
         # What the algorithm writes for letters that it does not know is its own business.
         unknown = tree["model"].get("unk_token")
         self._never = self._controls - {self._library.token_to_id(unknown) if isinstance(unknown, str) else None}
@@ -82,6 +94,29 @@ class HfTokenizer(Tokenizer):
         for token, (start, end) in zip(ids, encoding.offsets, strict=True):
             kept += [token] if token not in self._never else self._letters(text[start:end])
         return kept
+
+    def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text in which a special token is made of what spells it, and of each id the characters start..end-1
+        of the text that it stands for."""
+        self._library.encode_special_tokens = False
+        try:
+            encoding = self._library.encode(text, add_special_tokens=False)
+        finally:
+            self._library.encode_special_tokens = True
+        return encoding.ids, encoding.offsets
+
+    def specials(self) -> tuple[str, ...]:
+        """How the special tokens are spelled."""
+        return tuple(self._added[i] for i in sorted(self._controls))
+
+    def spelled_special(self, text: str) -> str:
+        """A special token that `encode_with_specials` would make of a text; "" if there is none."""
+        found = next((special for special in self._spellings if special in text), "")
+        if found or not self._folds:
+            return found
+        # Special tokens are looked for in the normalised text: another spelling may become one.
+        ids = self.encode_with_specials(text)[0]
+        return next((self._added[i] for i in ids if i in self._controls), "")
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
         return str(self._library.decode([int(i) for i in ids], skip_special_tokens=True))
@@ -182,6 +217,45 @@ class HfTokenizer(Tokenizer):
             allowed=f"one of the added tokens: {self._listed()}",
             fix="Name it: `moba-train prep ... --eod TOKEN`, and take the tokenizer.json that prep writes.",
         )
+
+
+def train_bytewise(
+    texts: Iterable[str], folder: Path, *, vocab_size: int, special: Sequence[str], template: str
+) -> None:
+    """Train byte-level BPE in the manner of Llama 3, and write tokenizer.json and tokenizer_config.json.
+
+    The same texts give the same bytes.
+
+    Args:
+        folder: an existing folder.
+        vocab_size: ids, special tokens included; fewer where the texts give no more.
+        special: special tokens: the first stands before every document, the second ends it.
+        template: chat template (Jinja).
+    """
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    begin = [(special[0], library.token_to_id(special[0]))]
+    library.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=begin)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special[0],
+        "eos_token": special[1],
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+    }
+    library.save(str(folder / "tokenizer.json"))
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _loaded(path: Path, content: bytes) -> tokenizers.Tokenizer:

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ def test_a_pure_module_imports_no_torch(module: str) -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_a_rank_that_trains_imports_nothing_that_draws_and_no_other_engine() -> None:
-    found = "[m for m in ('matplotlib', 'deepspeed', 'transformers', 'tokenizers') if m in sys.modules]"
+def test_a_rank_that_trains_on_the_cpu_imports_nothing_that_draws_or_compiles_and_no_other_engine() -> None:
+    unwanted = ("matplotlib", "deepspeed", "transformers", "tokenizers", "torch._dynamo", "torch._inductor")
+    found = f"[m for m in {unwanted} if m in sys.modules]"
     done = python(f"import sys, moba_train.commands.train\nprint({found})")
     assert done.stdout == "[]\n", done.stderr
 
@@ -102,3 +104,14 @@ def test_the_operator_s_functions_are_not_hidden_by_the_folders_of_their_names()
     )
     done = python(code)
     assert done.stdout == "True True True\n[]\n", done.stderr
+
+
+@pytest.mark.parametrize("constraints", ["constraints-cpu.txt", "constraints-latest.txt"])
+def test_whatever_the_project_and_its_tests_ask_for_is_pinned(constraints: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    asked = [*project["dependencies"], *optional["dev"], *optional["deepspeed"]]
+    names = {re.match(r"[\w-]+", requirement).group().lower() for requirement in asked} - {"moba-train"}
+    lines = (ROOT / constraints).read_text("utf-8").splitlines()
+    pinned = {line.split("==")[0].replace("_", "-").lower() for line in lines if not line.startswith("#")}
+    assert names <= pinned

@@ -124,7 +124,7 @@ def test_a_finished_folder_is_left_alone_and_a_changed_request_is_not(prepared, 
     small = options_of(source, out, needles={})
     assert not prepare(small).up_to_date
     with monkeypatch.context() as patch:
-        patch.setattr(prep, "_survey", lambda *a: pytest.fail("prepared again"))
+        patch.setattr(prep, "survey", lambda *a, **k: pytest.fail("prepared again"))
         assert prepare(small).up_to_date
         assert prepare(dataclasses.replace(small, workers=2)).up_to_date
     assert not prepare(dataclasses.replace(small, held_out=0.2)).up_to_date
