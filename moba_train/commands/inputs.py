@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from moba_train.config.schema import RunConfig
-from moba_train.data.indexed import open_indexed
+from moba_train.config.mix_rules import doc_floor
+from moba_train.config.schema import RunConfig, SourceLengths
+from moba_train.data.indexed import IndexedDocuments, open_indexed
+from moba_train.data.stage_data import check_lengths
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.data.vocabulary import check_vocabulary
-from moba_train.errors import ConfigError, InputErrors, UserError
+from moba_train.errors import ConfigError, DataError, InputErrors, UserError
 
 
 def check_training_inputs(config: RunConfig) -> None:
@@ -28,32 +30,59 @@ def check_training_inputs(config: RunConfig) -> None:
 
 
 def training_data_errors(config: RunConfig) -> list[UserError]:
-    """What is wrong with tokenizer, sources and held-out text."""
-    sources = [(f"data.sources.{name}.path", source.path) for name, source in config.data.sources.items()]
-    return _data_errors(config, [*sources, ("data.valid.path", config.data.valid.path)])
+    """What is wrong with tokenizer, sources and held-out text, also with documents that a later stage wants."""
+    sources = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
+    opened: dict[str, IndexedDocuments] = {}
+    errors = _data_errors(config, [*sources.items(), ("data.valid.path", config.data.valid.path)], opened)
+    return [*errors, *_length_errors(config, opened)]
 
 
 def check_evaluation_inputs(config: RunConfig) -> None:
     """Check tokenizer and held-out text; the training sources need not be there. Raises as `check_training_inputs`."""
-    _raise_all(_data_errors(config, [("data.valid.path", config.data.valid.path)]))
+    _raise_all(_data_errors(config, [("data.valid.path", config.data.valid.path)], {}))
 
 
-def _data_errors(config: RunConfig, sources: Sequence[tuple[str, str]]) -> list[UserError]:
+def _data_errors(
+    config: RunConfig, sources: Sequence[tuple[str, str]], opened: dict[str, IndexedDocuments]
+) -> list[UserError]:
+    """Errors of the tokenizer and of (key, path) pairs; `opened` gets those that can be read, by key."""
     loaded: list[Tokenizer] = []  # once: a large tokenizer.json takes seconds
     errors = _errors_of("data.tokenizer", lambda: loaded.append(load_tokenizer(config.data.tokenizer)))
     tokenizer = loaded[0] if loaded else None
     vocab_size = config.model.vocab_size - config.model.vocab_padding
     for key, path in sources:
-        for error in _errors_of(key, partial(_check_source, path, tokenizer, vocab_size)):
+        for error in _errors_of(key, partial(_check_source, key, path, tokenizer, vocab_size, opened)):
             if error.message() not in [known.message() for known in errors]:  # a small model is told of once
                 errors.append(error)
     return errors
 
 
-def _check_source(path: str, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    documents = open_indexed(path)
+def _check_source(
+    key: str, path: str, tokenizer: Tokenizer | None, vocab_size: int, opened: dict[str, IndexedDocuments]
+) -> None:
+    documents = opened[key] = open_indexed(path)
     if tokenizer is not None:
         check_vocabulary(tokenizer, documents, vocab_size=vocab_size)
+
+
+def _length_errors(config: RunConfig, opened: dict[str, IndexedDocuments]) -> list[UserError]:
+    """Lengths that a stage wants and its source does not have; each once, of the first stage that wants them."""
+    errors: list[UserError] = []
+    asked = set()
+    for index, stage in enumerate(config.stages):
+        for name in stage.mix:
+            documents = opened.get(f"data.sources.{name}.path")
+            if documents is None:
+                continue
+            source, lengths = config.data.sources[name], stage.lengths.get(name, SourceLengths())
+            wanted = (name, doc_floor(source, lengths), lengths.long_doc_tokens, lengths.long_share < 1)
+            if wanted not in asked:
+                asked.add(wanted)
+                try:
+                    check_lengths(documents, name, source, lengths, stage_index=index)
+                except DataError as error:
+                    errors.append(error)
+    return errors
 
 
 def _check_folder(run_dir: Path) -> None:

@@ -224,19 +224,50 @@ class StageMesh:
 
 
 @dataclass(frozen=True)
+class SourceLengths:
+    """Which documents of a source a stage draws, by their length. Lengths are in tokens."""
+
+    min_doc_tokens: int | Literal["inherit"] = "inherit"
+    """Documents shorter than this are left out; inherit = that of the source."""
+    long_doc_tokens: int = 0
+    """Documents of at least this length count as long; 0 = none does, and long_share says nothing."""
+    long_share: float = 0.0
+    """Share of the source's rows that are cut from long documents alone, the other rows from the others alone: the mix
+    of sources stays as it is while long documents come more often (arXiv 2402.10171)."""
+
+
+@dataclass(frozen=True)
+class UntilConfig:
+    """When a stage ends before its `tokens` are used up: at a held-out evaluation after which the number it watches has
+    not fallen enough. Numbers are losses in nats a token; 0 = not watched. At most one is."""
+
+    loss_plateau: float = 0.0
+    """Watch the held-out loss under the stage's attention."""
+    trailing_gap: float = 0.0
+    """Watch how much higher the held-out loss of trailing positions is under MoBA than under full attention."""
+    evaluations: int = 3
+    """The stage ends when the lowest value of the last so many evaluations is not below the lowest one before them by
+    at least the number above."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of the schedule. Stages follow one another without a restart, unless the mesh changes."""
 
     name: str = "stage"
     """Shown in the log, the metrics and the report; unique."""
     tokens: int = 0
-    """Length of the stage in tokens; a multiple of tokens_per_step."""
+    """Length of the stage in tokens, the greatest one where `until` may end it; a multiple of tokens_per_step."""
+    until: UntilConfig = field(default_factory=UntilConfig)
+    """What ends the stage earlier; needs eval.every_steps, and learning rates that do not depend on when it ends."""
     tokens_per_step: int = 0
     """Tokens of one optimizer step over all ranks; a multiple of seq_len."""
     seq_len: int = 0
     """Tokens of one packed row (over all CP ranks)."""
     mix: dict[str, float] = field(default_factory=dict)
     """Share of rows by source name; normalised to sum 1."""
+    lengths: dict[str, SourceLengths] = field(default_factory=dict)
+    """By source name: length floors, and long documents more often than they are."""
     attention: Literal["moba", "full"] = "moba"
     """Attention of every layer that full_layers does not name."""
     chunk_size: int = 512

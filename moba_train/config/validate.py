@@ -10,16 +10,17 @@ from typing import Any
 from moba_train.config.engine_rules import engine_errors
 from moba_train.config.job_rules import job_errors
 from moba_train.config.mesh import degree_errors, mesh_errors, mesh_key, parallel_of_stage, rows_errors
+from moba_train.config.mix_rules import mix_errors
 from moba_train.config.rules import at_least, divides, positive
 from moba_train.config.schema import (
     ModelConfig,
     NiahConfig,
-    OptimizerConfig,
     ParallelConfig,
     RopeConfig,
     RunConfig,
     StageConfig,
 )
+from moba_train.config.until_rules import decides, until_errors
 from moba_train.errors import ConfigError, ConfigErrors
 
 # Shortest needle sample: needle, question and answer take about thirty tokens, and some haystack must be left.
@@ -38,11 +39,12 @@ def find_errors(config: RunConfig) -> Iterator[ConfigError]:
     yield from engine_errors(config)
     yield from _model(config.model)
     yield from mesh_errors(config)
-    yield from _optimizer(config.optimizer, total_tokens=sum(stage.tokens for stage in config.stages))
+    yield from _optimizer(config)
     yield from _data(config)
     yield from _stages(config)
     yield from _evaluation(config)
     yield from _niah(config.niah)
+    yield from until_errors(config)
 
 
 def raise_all(errors: Sequence[ConfigError], *, source: str = "") -> None:
@@ -148,7 +150,8 @@ def _model(model: ModelConfig) -> Iterator[ConfigError]:
     yield from positive(model.init_std, "model.init_std")
 
 
-def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[ConfigError]:
+def _optimizer(config: RunConfig) -> Iterator[ConfigError]:
+    optimizer, total_tokens = config.optimizer, sum(stage.tokens for stage in config.stages)
     yield from positive(optimizer.lr, "optimizer.lr")
     ranges = (("beta1", "0 <= beta1 < 1"), ("beta2", "0 <= beta2 < 1"), ("min_lr_ratio", "0 to 1"))
     for name, allowed in ranges:
@@ -167,7 +170,7 @@ def _optimizer(optimizer: OptimizerConfig, *, total_tokens: int) -> Iterator[Con
             allowed=f"together at most {total_tokens} tokens, the sum over the stages",
             fix="shorten warmup_tokens or decay_tokens",
         )
-    if optimizer.schedule == "wsd" and optimizer.decay_tokens == 0:
+    if optimizer.schedule == "wsd" and optimizer.decay_tokens == 0 and not any(map(decides, config.stages)):
         yield ConfigError(
             'schedule "wsd" needs a decay',
             where="optimizer.decay_tokens",
@@ -254,32 +257,8 @@ def _stage(stage: StageConfig, where: str, config: RunConfig) -> Iterator[Config
             allowed=f"at most {config.model.num_layers} (model.num_layers)",
             fix='lower them, or set attention = "full"',
         )
-    yield from _mix(stage, where, config)
+    yield from mix_errors(stage, where, config.data.sources)
     yield from _rope(stage.rope, f"{where}.rope")
-
-
-def _mix(stage: StageConfig, where: str, config: RunConfig) -> Iterator[ConfigError]:
-    if not stage.mix:
-        fix, allowed = "name its sources and their weights", ", ".join(config.data.sources) or "(no sources)"
-        what = "the stage draws from no source"
-        yield ConfigError(what, where=f"{where}.mix", got="{}", allowed=allowed, fix=fix)
-    for name, weight in stage.mix.items():
-        if name not in config.data.sources:
-            yield ConfigError(
-                "the mix names a source that does not exist",
-                where=f"{where}.mix.{name}",
-                got=name,
-                allowed=", ".join(config.data.sources) or "(no sources)",
-                fix=f"add [data.sources.{name}] or correct the name",
-            )
-        if not weight > 0:
-            yield ConfigError(
-                "a mix weight must be positive",
-                where=f"{where}.mix.{name}",
-                got=weight,
-                allowed="> 0",
-                fix="leave a source out of the mix to switch it off",
-            )
 
 
 def _rope(rope: RopeConfig, where: str) -> Iterator[ConfigError]:

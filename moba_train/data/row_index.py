@@ -32,10 +32,12 @@ class DocumentStream:
 
     Attributes:
         name: of the source, for messages.
-        num_documents: documents n of the source.
+        num_documents: documents n of the stream: all of the source, or as many as `ids` lists.
         sizes_of: int64 document ids -> int64 sizes of the same shape.
         min_doc_tokens: shorter documents are left out (size 0 in `sizes`).
         order_key: names the pseudo-random order; "" keeps the order of the file.
+        ids: int64 [n], the documents of the stream where it does not take all. Where few are wanted, listing them is
+            what keeps a row from walking over all the others.
     """
 
     name: str
@@ -43,31 +45,85 @@ class DocumentStream:
     sizes_of: Callable[[NDArray[np.int64]], NDArray[np.int64]]
     min_doc_tokens: int
     order_key: str
+    ids: NDArray[np.int64] | None = None
 
     def documents(self, first: int, stop: int) -> NDArray[np.int64]:
         """Document ids at stream positions first..stop-1."""
         positions = np.arange(first, stop, dtype=np.int64)
         if not self.order_key:
-            return positions % self.num_documents
-        ids = np.empty_like(positions)
+            return self._ids(positions % self.num_documents)
+        places = np.empty_like(positions)
         for epoch in range(first // self.num_documents, (stop - 1) // self.num_documents + 1):
             here = (positions // self.num_documents) == epoch
             key = f"{self.order_key}/epoch {epoch}"
-            ids[here] = permute(positions[here] % self.num_documents, n=self.num_documents, key=key)
-        return ids
+            places[here] = permute(positions[here] % self.num_documents, n=self.num_documents, key=key)
+        return self._ids(places)
 
     def tokens_of_epoch(self) -> int:
         """Tokens that all documents together give to the stream."""
         total = 0
         for first in range(0, self.num_documents, DOCUMENTS_AT_ONCE):
             stop = min(first + DOCUMENTS_AT_ONCE, self.num_documents)
-            total += int(self.sizes(np.arange(first, stop, dtype=np.int64)).sum())
+            total += int(self.sizes(self._ids(np.arange(first, stop, dtype=np.int64))).sum())
         return total
 
     def sizes(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens that each document gives to the stream: its size, or 0 where it is left out."""
         sizes = self.sizes_of(documents)
         return np.where(sizes >= self.min_doc_tokens, sizes, 0)
+
+    def _ids(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Document ids at places 0..n-1 of the file's order."""
+        return places if self.ids is None else np.asarray(self.ids[places])
+
+
+@dataclass(frozen=True)
+class LengthCounts:
+    """Documents of a source on both sides of a length.
+
+    Attributes:
+        num_long: documents of at least this length, and long_tokens their tokens.
+        num_short: the shorter ones, down to the floor, and short_tokens their tokens.
+        longest: tokens of the longest document of the source.
+    """
+
+    num_long: int = 0
+    long_tokens: int = 0
+    num_short: int = 0
+    short_tokens: int = 0
+    longest: int = 0
+
+
+def split_by_length(
+    num_documents: int,
+    sizes_of: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    *,
+    floor: int,
+    long_doc_tokens: int,
+    out: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+) -> LengthCounts:
+    """Count the documents of a source on both sides of a length, in one pass over all sizes.
+
+    Args:
+        num_documents: documents of the source.
+        sizes_of: int64 document ids -> int64 sizes.
+        floor: shorter documents belong to neither side; nor do those without a token.
+        long_doc_tokens: the length; at or below the floor, no document is short.
+        out: int64 [num_long] and [num_short] to fill with the ids of the documents, rising; None = count alone.
+    """
+    num, tokens, longest = [0, 0], [0, 0], 0
+    for first in range(0, num_documents, DOCUMENTS_AT_ONCE):
+        ids = np.arange(first, min(first + DOCUMENTS_AT_ONCE, num_documents), dtype=np.int64)
+        sizes = sizes_of(ids)
+        longest = max(longest, int(sizes.max()))
+        is_drawn, is_long = sizes >= max(1, floor), sizes >= long_doc_tokens
+        for side, wanted in enumerate((is_drawn & is_long, is_drawn & ~is_long)):
+            count = int(np.count_nonzero(wanted))
+            if out is not None:
+                out[side][num[side] : num[side] + count] = ids[wanted]
+            num[side] += count
+            tokens[side] += int(sizes[wanted].sum())
+    return LengthCounts(num[0], tokens[0], num[1], tokens[1], longest)
 
 
 @dataclass(frozen=True)

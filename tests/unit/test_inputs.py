@@ -13,7 +13,7 @@ import pytest
 
 from moba_train.commands.inputs import check_evaluation_inputs, check_training_inputs
 from moba_train.config.load import decode_toml
-from moba_train.config.schema import RunConfig
+from moba_train.config.schema import RunConfig, SourceLengths, StageConfig
 from moba_train.data.indexed import write_indexed
 from moba_train.data.tokenizer import train_tokenizer
 from moba_train.errors import ConfigError, DataError, InputErrors, UserError
@@ -76,6 +76,26 @@ def test_a_spoilt_file_is_named_with_its_key(
     assert isinstance(error, DataError) and error.what.startswith(what)
     assert error.where == f"{key}: {path}" and error.fix
     assert capfd.readouterr() == ("", ""), "no library speaks in between"
+
+
+@pytest.mark.parametrize(
+    ("floor", "lengths", "where", "got", "allowed"),
+    [
+        (0, (99, 0, 0.0), "stages.0.lengths.text.min_doc_tokens", "the longest of 50", "at least 99 tokens"),
+        (99, (), "data.sources.text.min_doc_tokens", "3 documents", "at least 99 tokens"),
+        (0, (0, 99, 0.5), "stages.0.lengths.text.long_doc_tokens", "3 documents", "at least 99 tokens"),
+        (0, (9, 50, 0.5), "stages.0.lengths.text.long_share", "none is below 50", "of 9 to 49 tokens"),
+    ],
+)
+def test_lengths_that_no_document_has_are_told_once(
+    config: RunConfig, floor: int, lengths: tuple[int, int, float], where: str, got: str, allowed: str
+) -> None:
+    source = dataclasses.replace(config.data.sources["text"], min_doc_tokens=floor)
+    stage = StageConfig(mix={"text": 1.0}, lengths={"text": SourceLengths(*lengths)} if lengths else {})
+    data = dataclasses.replace(config.data, sources={"text": source})
+    error = error_of(check_training_inputs, dataclasses.replace(config, data=data, stages=(stage, stage)))
+    assert isinstance(error, DataError) and error.where == f"{where} ({source.path})"
+    assert got in str(error.got) and allowed in error.allowed and error.fix
 
 
 def test_an_index_of_another_pair_is_refused(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moba_train.data import row_index
 from moba_train.data.mix import mix_rows, rows_per_source
 from moba_train.data.permutation import permute
-from moba_train.data.row_index import DocumentStream, build_row_starts
+from moba_train.data.row_index import DocumentStream, build_row_starts, split_by_length
 from moba_train.data.sampler import rows_of_step
 from moba_train.errors import ConfigError, DataError
 
@@ -99,6 +99,45 @@ def test_short_documents_are_left_out():
     stream = stream_of([3, 10, 2, 10], min_doc_tokens=5)
     built = build_row_starts(stream, packing="split", seq_len=10, num_rows=2)
     assert built.starts.tolist() == [[0, 0], [3, 0], [5, 0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    floor=st.integers(0, 9),
+    long=st.integers(0, 10),
+    batch=st.integers(1, 7),
+)
+def test_documents_are_listed_on_both_sides_of_a_length(sizes, floor, long, batch):
+    table = np.asarray(sizes, dtype=np.int64)
+    expected = [
+        [d for d, size in enumerate(sizes) if size >= max(1, floor) and (size >= long) == is_long]
+        for is_long in (True, False)
+    ]
+    ids = tuple(np.full(len(side), -1, dtype=np.int64) for side in expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_index, "DOCUMENTS_AT_ONCE", batch)
+        counts = split_by_length(table.size, lambda of: table[of], floor=floor, long_doc_tokens=long, out=ids)
+    assert [side.tolist() for side in ids] == expected
+    assert (counts.num_long, counts.num_short) == tuple(map(len, expected))
+    assert (counts.long_tokens, counts.short_tokens) == tuple(sum(sizes[d] for d in side) for side in expected)
+    assert counts.longest == max(sizes)
+
+
+@pytest.mark.parametrize("key", ["", "seed 1"])
+def test_listed_documents_alone_are_walked(key):
+    table, ids = np.array([5, 90, 6, 91, 7, 92], dtype=np.int64), np.array([1, 3, 5])
+    asked = []
+
+    def sizes_of(documents):
+        asked.extend(documents.tolist())
+        return table[documents]
+
+    stream = DocumentStream("text", 3, sizes_of, 0, key, ids)
+    assert stream.tokens_of_epoch() == 273
+    assert all(sorted(stream.documents(3 * epoch, 3 * epoch + 3)) == [1, 3, 5] for epoch in range(4))
+    built = build_row_starts(stream, packing="split", seq_len=91, num_rows=6)
+    assert built.starts[-1].tolist() == [6, 0] and set(asked) == {1, 3, 5}
 
 
 def test_a_source_whose_documents_are_all_too_short_is_an_error_not_an_endless_loop():

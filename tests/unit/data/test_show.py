@@ -120,6 +120,19 @@ def test_a_step_shows_its_rows_and_changes_nothing(run_dir: Path, capsys: pytest
     assert [path.name for path in run_dir.iterdir()] == ["config.toml"]
 
 
+def test_a_step_tells_how_much_more_often_long_documents_come(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run_dir / "config.toml"
+    lengths = "[stages.lengths.text]\nmin_doc_tokens = 4\nlong_doc_tokens = 20\nlong_share = 0.5"
+    file.write_text(file.read_text().replace("[stages.lengths]", lengths, 1))
+    assert run_data_show(run_dir, step=1, row=None, num_shown=2) == 0
+    line = "\ntext: 3 of its 6 rows (50 % asked for) from documents of >= 20 tokens, which are "
+    assert line in capsys.readouterr().out
+    assert run_data_show(run_dir, step=4, row=None, num_shown=2) == 0
+    assert "asked for" not in capsys.readouterr().out
+
+
 def test_what_is_not_there_is_told_with_what_is(run_dir: Path) -> None:
     for step in (0, 6):
         with pytest.raises(ConfigError) as caught:

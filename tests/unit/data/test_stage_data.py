@@ -1,13 +1,16 @@
 """Rows of a stage: what they hold, and that every row is a pure function of (seed, stage, i)."""
 
+import hashlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moba_train.config.schema import DataConfig, SourceConfig, StageConfig
+from moba_train.config.schema import DataConfig, SourceConfig, SourceLengths, StageConfig
 from moba_train.data.indexed import open_indexed, write_indexed
 from moba_train.data.sampler import rows_of_step
 from moba_train.data.stage_data import StageData
@@ -246,3 +249,146 @@ def test_a_row_outside_the_stage_is_an_index_error(tmp_path):
     for i in (-1, len(data)):
         with pytest.raises(IndexError):
             data.row(i)
+
+
+@pytest.mark.parametrize(
+    ("mix", "stage_index", "expected"),
+    [
+        ({"text": 1.0}, 0, "e945bcef6f24d2a2"),
+        ({"text": 0.7, "code": 0.3}, 1, "e500763d5268a7eb"),
+        ({"code": 0.2, "long": 0.5, "text": 0.3}, 2, "f8cf065411b03aa5"),
+        ({"long": 1.0}, 0, "3589f4fd909597ca"),
+    ],
+)
+def test_rows_and_cached_files_are_those_that_runs_have_begun_with(tmp_path, mix, stage_index, expected):
+    """Digests of rows, names and contents of the cache, made before stages had `lengths`: old runs go on with them."""
+
+    def source(name: str, seed: int, num_documents: int) -> str:
+        rng = np.random.default_rng(seed)
+        sizes = [int(rng.integers(1, 30)) for _ in range(num_documents)]
+        documents = [[*range(1000 * d, 1000 * d + size), EOD] for d, size in enumerate(sizes, start=1)]
+        write_indexed(tmp_path / name, documents, vocab_size=1 << 20)
+        return str(tmp_path / name)
+
+    sources = {
+        "text": SourceConfig(source("text", 7, 40)),
+        "code": SourceConfig(source("code", 8, 9), packing="whole"),
+        "long": SourceConfig(source("long", 9, 25), min_doc_tokens=12),
+    }
+    stage = stage_of(mix, seq_len=32, rows=60)
+    data = open_stage(tmp_path, sources, stage, stage_index=stage_index, seed=3)
+    digest = hashlib.sha256()
+    for row in (data.row(i) for i in range(len(data))):
+        for array in (row.tokens_S, row.labels_S, row.loss_mask_S):
+            digest.update(array.tobytes())
+        digest.update(repr((row.cu_seqlens, row.source, row.sample_id, row.document_ids)).encode())
+    digest.update(repr((data.rows_by_source, data.cut_share)).encode())
+    for path in sorted((tmp_path / "cache").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    assert digest.hexdigest()[:16] == expected
+
+
+def divided(tmp_path: Path, share: float, *, rows: int, floor: int | str = "inherit", **options) -> StageData:
+    """Rows of `text`, documents of 20 tokens and more counting as long, and of `code`, three to one."""
+    sources = {
+        "text": SourceConfig(write_text(tmp_path, 60), packing=options.get("packing", "split")),
+        "code": SourceConfig(write_text(tmp_path, 9, "code")),
+    }
+    stage = stage_of({"text": 0.75, "code": 0.25}, seq_len=32, rows=rows)
+    lengths = {"text": SourceLengths(floor, 20, share)}  # type: ignore[arg-type]
+    return open_stage(tmp_path, sources, replace(stage, lengths=lengths), **options)
+
+
+def sides(data: StageData) -> list[str]:
+    """Of each row: "code", or which side of 20 tokens all its documents of `text` lie on."""
+    found = []
+    for i in range(len(data)):
+        row, pieces = data.row(i), data.pieces(i)
+        of_row = {"long" if piece.size >= 20 else "short" for piece in pieces} if row.source == "text" else {"code"}
+        assert len(of_row) == 1, "a row has documents of one side alone"
+        found.append(of_row.pop())
+    return found
+
+
+@pytest.mark.parametrize("packing", ["split", "whole"])
+@pytest.mark.parametrize(("share", "long"), [(0.6, 36), (0.125, 8), (1.0, 60), (0.004, 0)])
+def test_long_documents_have_their_exact_share_of_rows_evenly_spread(tmp_path, packing, share, long):
+    data = divided(tmp_path, share, rows=80, packing=packing, seed=long)
+    assert data.rows_by_source == {"text": 60, "code": 20}, "the mix of sources stays as it is"
+    found = sides(data)
+    assert Counter(found) == Counter({"long": long, "short": 60 - long, "code": 20})
+    for stop in range(1, 81):  # a stage may end early
+        for side, count in Counter(found).items():
+            assert abs(found[:stop].count(side) - count * stop / 80) <= 3
+    for i in range(80):
+        check_row(data.row(i))
+
+
+def test_an_epoch_of_either_side_has_each_of_its_tokens_once(tmp_path):
+    sizes = open_indexed(write_text(tmp_path, 60)).sizes(np.arange(60))
+    for seed in range(3):
+        for floor in (0, 5):
+            tokens = {"long": sizes[sizes >= 20].sum(), "short": sizes[(sizes < 20) & (sizes >= floor)].sum()}
+            rows = {side: int(count) // 8 for side, count in tokens.items()}
+            num_rows = sum(rows.values())
+            stage = stage_of({"text": 1.0}, seq_len=8, rows=num_rows, rows_per_step=1)
+            stage = replace(stage, lengths={"text": SourceLengths(floor, 20, rows["long"] / num_rows)})
+            source = {"text": SourceConfig(str(tmp_path / "text"))}
+            data = open_stage(tmp_path, source, stage, seed=seed)
+            seen, begun, cut = Counter(), set(), set()
+            for piece in (piece for i in range(num_rows) for piece in data.pieces(i)):
+                seen.update((piece.document, place) for place in range(piece.first, piece.stop))
+                begun |= {piece.document} if piece.first == 0 else set()
+                cut |= {piece.document} if piece.stop < piece.size else set()
+            assert set(seen.values()) == {1}
+            for side, count in tokens.items():
+                of_side = [d for d, _ in seen if (sizes[d] >= 20) == (side == "long")]
+                assert count - len(of_side) < 8, "but for what does not fill a row"
+            assert all(sizes[document] >= floor for document, _ in seen)
+            assert data.cut_share == len(cut) / len(begun)
+
+
+def test_divided_rows_are_the_same_in_any_process_and_another_seed_or_stage_shuffles_them_anew(tmp_path):
+    one, two = divided(tmp_path, 0.5, rows=40), divided(tmp_path, 0.5, rows=40, cache="elsewhere")
+    backwards = {i: two.row(i) for i in reversed(range(40))}
+    assert all(same(one.row(i), backwards[i]) for i in range(40))
+    for change in ({"seed": 2}, {"stage_index": 1}):
+        other = divided(tmp_path, 0.5, rows=40, **change)
+        assert sum(same(one.row(i), other.row(i)) for i in range(40)) < 3
+    assert len(list((tmp_path / "cache").glob("docs-*.npy"))) == 1, "the lists of documents serve every stage"
+
+
+@pytest.mark.parametrize(("of_source", "of_stage", "floor"), [(0, 15, 15), (20, 5, 5), (15, "inherit", 15), (20, 0, 0)])
+def test_the_floor_of_a_stage_takes_the_place_of_that_of_the_source(tmp_path, of_source, of_stage, floor):
+    path, stage = write_text(tmp_path), stage_of({"text": 1.0})
+    with_lengths = replace(stage, lengths={"text": SourceLengths(of_stage)})
+    data = open_stage(tmp_path, {"text": SourceConfig(path, min_doc_tokens=of_source)}, with_lengths)
+    expected = open_stage(tmp_path, {"text": SourceConfig(path, min_doc_tokens=floor)}, stage)
+    assert all(same(data.row(i), expected.row(i)) for i in range(len(data))) and not data.length_lines
+
+
+def test_the_log_line_tells_how_much_more_often_long_documents_come(tmp_path):
+    write_indexed(tmp_path / "text", [[*range(10, 29), EOD]] * 10 + [[*range(10, 69), EOD]] * 10, vocab_size=99)
+    stage = stage_of({"text": 1.0}, seq_len=20, rows=120)
+    for packing, share, floor, expected in (
+        ("split", 0.9, 0, "108 of its 120 rows (90 % asked for) from documents of >= 60 tokens, which are 75 % of its "
+         "tokens: 1.2 times as often; 3.6 epochs of them, 1.2 of the others"),
+        ("split", 1.0, 0, "120 of its 120 rows (100 % asked for) from documents of >= 60 tokens, which are 75 % of its "
+         "tokens: 1.3 times as often; 4 epochs of them, none of the others"),
+        ("split", 1.0, 30, "120 of its 120 rows (100 % asked for) from documents of >= 60 tokens, which are 100 % of "
+         "its tokens: 1 times as often; 4 epochs of them, none of the others"),
+    ):  # fmt: skip
+        of_stage = replace(stage, lengths={"text": SourceLengths(floor, 60, share)})
+        source = {"text": SourceConfig(str(tmp_path / "text"), packing=packing)}
+        assert open_stage(tmp_path, source, of_stage).length_lines == (f"text: {expected}",)
+    wide = replace(stage_of({"text": 1.0}, seq_len=60, rows=30), lengths={"text": SourceLengths(0, 60, 0.5)})
+    whole = {"text": SourceConfig(str(tmp_path / "text"), packing="whole")}
+    assert open_stage(tmp_path, whole, wide).length_lines[0].endswith("; 1.5 epochs of them, 4.5 of the others")
+
+
+def test_lengths_that_cannot_be_are_refused_without_validation_too(tmp_path):
+    text, stage = {"text": SourceConfig(write_text(tmp_path))}, stage_of({"text": 1.0})
+    with pytest.raises(ConfigError, match="does not exist"):
+        open_stage(tmp_path, text, replace(stage, lengths={"txt": SourceLengths(5)}))
+    with pytest.raises(DataError, match="length that the stage wants"):
+        open_stage(tmp_path, text, replace(stage, lengths={"text": SourceLengths(0, 99, 0.5)}))
