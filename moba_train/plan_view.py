@@ -14,12 +14,14 @@ from itertools import groupby
 from moba_kernels.spec import AttentionSpec, MoBA
 from moba_train.config.engine_rules import describe_engine
 from moba_train.config.mesh import describe_mesh, parallel_of_stage
+from moba_train.config.mix_rules import doc_floor
 from moba_train.config.schema import RunConfig, StageConfig
 from moba_train.model.plan import attention_plan, count_parameters
 from moba_train.model.transport_plan import KindPlan, format_bytes, format_seconds, transport_plan
 from moba_train.parallel.hardware import PRESETS, Hardware, with_overrides
 from moba_train.train.flops import document_pairs
 from moba_train.train.memory_plan import MemoryPlan, estimate_memory, memory_lines
+from moba_train.train.until import describe_rule
 
 GIB = 2**30
 
@@ -33,6 +35,7 @@ class StagePlan:
         density: attended pairs / causal pairs over all layers, for rows that are one document.
         transports: of each kind of layer, for rows that are one document; () where a row is not shared by ranks.
         mesh: its degrees, where they are not those of [parallel].
+        until: the rule that may end it before its tokens are used up, in words; "" = there is none.
     """
 
     name: str
@@ -45,6 +48,12 @@ class StagePlan:
     mix: str
     transports: tuple[KindPlan, ...] = ()
     mesh: str = ""
+    until: str = ""
+
+    @property
+    def at_most(self) -> str:
+        """What stands before its tokens and steps."""
+        return "<= " if self.until else ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class Plan:
     memory: MemoryPlan
     hardware: str
     """What the transports are chosen for."""
+
+    @property
+    def at_most(self) -> str:
+        """What stands before the totals."""
+        return "at most " if any(stage.until for stage in self.stages) else ""
 
     @property
     def total_tokens(self) -> int:
@@ -126,7 +140,8 @@ def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
     stages.add_column("attention")
     stages.add_column("mix")
     for stage in plan.stages:
-        numbers = (f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.rows_per_step:,}", f"{stage.seq_len:,}")
+        lengths = (f"{stage.at_most}{stage.tokens:,}", f"{stage.at_most}{stage.steps:,}")
+        numbers = (*lengths, f"{stage.rows_per_step:,}", f"{stage.seq_len:,}")
         stages.add_row(stage.name, *numbers, f"{stage.density:.4f}", stage.attention, stage.mix)
     with console.capture() as capture:
         for line in _head_lines(plan, config):
@@ -134,12 +149,21 @@ def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
         console.print()
         console.print(stages)
         console.print("density: attended / causal pairs, mean over layers, of a row that is one document", markup=False)
-        for line in (*_mesh_lines(plan), *_transport_lines(plan)):
+        for line in (*_until_lines(plan), *_mesh_lines(plan), *_transport_lines(plan)):
             console.print(line, markup=False)
         console.print()
         for line in memory_lines(plan.memory, config):
             console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _until_lines(plan: Plan) -> list[str]:
+    """Nothing where all stages have a fixed length."""
+    if not plan.at_most:
+        return []
+    names = max(len(stage.name) for stage in plan.stages)
+    lines = [f"  {stage.name:<{names}}  {stage.until}" for stage in plan.stages if stage.until]
+    return ["", "stages that may end before their tokens are used up", *lines]
 
 
 def _mesh_lines(plan: Plan) -> list[str]:
@@ -191,10 +215,26 @@ def _stage_plan(config: RunConfig, stage: StageConfig, hardware: Hardware) -> St
         seq_len=stage.seq_len,
         attention=describe_attention(specs),
         density=row_density(specs, stage.seq_len),
-        mix=", ".join(f"{name} {100 * share / weight:.0f}%" for name, share in stage.mix.items()),
+        mix=", ".join(
+            f"{name} {100 * share / weight:.0f}%{_describe_lengths(config, stage, name)}"
+            for name, share in stage.mix.items()
+        ),
         transports=() if moved is None else moved.kinds,
         mesh="" if parallel == config.parallel else describe_mesh(parallel),
+        until=describe_rule(stage.until),
     )
+
+
+def _describe_lengths(config: RunConfig, stage: StageConfig, name: str) -> str:
+    """What the stage says of the lengths of a source: " (>= 1,024; 60% from >= 65,536)", or nothing."""
+    if name not in stage.lengths:
+        return ""
+    lengths = stage.lengths[name]
+    floor = doc_floor(config.data.sources[name], lengths)
+    parts = [f">= {floor:,}"] if floor > 1 else []
+    if lengths.long_doc_tokens:
+        parts.append(f"{100 * lengths.long_share:g}% from >= {lengths.long_doc_tokens:,}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _describe_spec(spec: AttentionSpec) -> str:
@@ -219,6 +259,6 @@ def _head_lines(plan: Plan, config: RunConfig) -> list[str]:
         f"{model.ffn_hidden_size}, {heads}, vocabulary {model.vocab_size:,}, {', '.join(extras)}",
         f"parameters  {plan.num_parameters:,}" + (f", from {model.init_from}" if model.init_from else ""),
         f"mesh        {plan.mesh}, {describe_engine(engine)}, {engine.precision}, recompute {engine.recompute}",
-        f"schedule    {plan.total_tokens:,} tokens in {plan.total_steps:,} steps, {config.optimizer.schedule}, "
-        f"peak lr {config.optimizer.lr:g}",
+        f"schedule    {plan.at_most}{plan.total_tokens:,} tokens in {plan.total_steps:,} steps, "
+        f"{config.optimizer.schedule}, peak lr {config.optimizer.lr:g}",
     ]

@@ -167,6 +167,7 @@ def _row(path: Path, is_latest: bool) -> tuple[str, ...]:
     mesh = state.get("mesh")
     degrees = " ".join(f"{key}{value}" for key, value in mesh.items()) if isinstance(mesh, dict) else "?"
     stage = _plain(state["stage_rows"].get("name", "?")) + (" (end)" if state["stage_end"] else "")
+    stage += "" if state.get("evaluated", True) else ", not evaluated yet"
     told = (_plain(state["step"]), stage, f"{int(state['tokens']):,}", _size_text(path), _plain(degrees))
     return (name, *told, _plain(state.get("engine", "megatron")), _written(path), files)
 

@@ -14,6 +14,8 @@ from moba_train.data.show import row_lines
 from moba_train.data.stage_data import StageData
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.errors import ConfigError, DataError
+from moba_train.train.metrics import read_metrics
+from moba_train.train.run_folder import newest_progress
 from moba_train.train.schedule import Schedule, build_schedule
 
 
@@ -34,7 +36,7 @@ def run_data_show(run_dir: Path, *, step: int, row: int | None, num_shown: int) 
         what, fix = "there is no run here", "give a run folder, which holds config.toml"
         raise DataError(what, where=str(run_dir), got="no config.toml", fix=fix)
     config = load_config(run_dir / "config.toml")
-    schedule = build_schedule(config.stages, config.optimizer)
+    schedule, last = _schedule_so_far(run_dir, config)
     _check_step(schedule, step)
     place, sample_ids = schedule.place(step - 1), schedule.sample_ids(step - 1)
     stage = schedule.stages[place.stage_index]
@@ -44,14 +46,38 @@ def run_data_show(run_dir: Path, *, step: int, row: int | None, num_shown: int) 
         raise ConfigError(what, where="--row", got=row, allowed=f"{span}, the rows of step {step} (their sample ids)")
     if num_shown < 1:
         raise ConfigError("at least one token must be shown", where="--tokens", got=num_shown, allowed=">= 1")
+    undecided = schedule.undecided(last)
+    total = f"{'at most ' if undecided else ''}{schedule.total_steps}"
     print(
-        f"step {step} of {schedule.total_steps}: stage {place.stage_index + 1}/{len(schedule.stages)} {stage.name!r}, "
+        f"step {step} of {total}: stage {place.stage_index + 1}/{len(schedule.stages)} {stage.name!r}, "
         f"rows (sample ids) {span} of {stage.tokens // stage.seq_len:,}, {stage.seq_len:,} tokens each; "
         f"{schedule.tokens_after(step):,} tokens of the run with it"
     )
+    names = [schedule.stages[index].name for index in undecided if index <= place.stage_index]
+    if step > last and names:
+        print(
+            f"note: the run has done {last} steps; stage '{names[0]}' may end earlier, and step {step} train other rows"
+        )
     for line in _lines(run_dir, config, place.stage_index, sample_ids if row is None else [row], num_shown):
         print(line)
     return 0
+
+
+def _schedule_so_far(run_dir: Path, config: RunConfig) -> tuple[Schedule, int]:
+    """The schedule with the ends of stages that the run has decided, and its last step.
+
+    metrics.jsonl is ahead of the newest checkpoint, but may have been begun in another folder.
+    """
+    progress = newest_progress(run_dir, "auto")
+    schedule, last = build_schedule(config.stages, config.optimizer, progress.decided), progress.step
+    metrics = run_dir / "metrics.jsonl"
+    for record in read_metrics(metrics) if metrics.is_file() else ():
+        last = max(last, int(record["step"]))
+        index = int(record["stage_index"]) if record.get("until/decided") else -1
+        if 0 <= index < len(schedule.stages) and index not in schedule.decided:
+            steps = max(1, int(record["step"]) - schedule.first_steps[index])
+            schedule = schedule.with_decided({**schedule.decided, index: steps})
+    return schedule, last
 
 
 def _check_step(schedule: Schedule, step: int) -> None:
@@ -86,6 +112,7 @@ def _lines(run_dir: Path, config: RunConfig, stage_index: int, rows: range | lis
                 "note: the run has not used these data files in this stage: it did not come so far, or files or mix "
                 "have changed since (or RUN/cache, which would tell, was deleted)"
             )
+        lines += data.length_lines
         for i in rows:
             lines += ["", *row_lines(data.row(i), data.pieces(i), tokenizer, num_shown=num_shown)]
     return lines

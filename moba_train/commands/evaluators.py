@@ -1,7 +1,8 @@
 """The evaluations that run inside the training loop: held-out loss by position, and a small needle grid.
 
 Each evaluator is called after every step with (finished steps, stage name, end of a stage?) and answers with `eval/*`
-numbers, or with nothing when it is not due. Every rank calls it.
+numbers, or with nothing when it is not due. Every rank calls it. The held-out loss comes first: `until` may end a stage
+by it, and the other one then takes place as at the end of any stage.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from moba_train.data.tokenizer import Tokenizer
 from moba_train.data.valid import ValidRows, count_bytes, unigram_bits_per_byte
 from moba_train.engine.base import Engine
 from moba_train.eval.niah import niah_summary
-from moba_train.eval.position_loss import position_metrics
-from moba_train.train.loop import Evaluator
+from moba_train.eval.position_loss import has_trailing_tokens, position_metrics
+from moba_train.train.step import Evaluator
+from moba_train.train.until import no_trailing_loss
 
 
 def build_evaluators(config: RunConfig, engine: Engine, tokenizer: Tokenizer) -> tuple[Evaluator, ...]:
@@ -27,7 +29,8 @@ def build_evaluators(config: RunConfig, engine: Engine, tokenizer: Tokenizer) ->
     Everything that could fail for lack of held-out text fails here, and not after hours of training.
 
     Raises:
-        DataError: the held-out source is too short for a row, or for a needle sample of some length.
+        DataError: the held-out source is too short for a row, or for a needle sample of some length, or its documents
+            are too short for a stage that watches trailing positions.
     """
     evaluators: list[Evaluator] = []
     if config.eval.rows > 0:
@@ -51,9 +54,14 @@ class PositionEvaluator:
         }
         self._training_text = open_indexed(text_source(config))
         self._unigram: dict[int, float] = {}
+        self._check_trailing(config)
 
-    def __call__(self, step: int, stage_name: str, stage_end: bool) -> dict[str, Any]:
-        if not is_due(step, self._eval.every_steps, stage_end):
+    def is_due(self, step: int, is_stage_end: bool) -> bool:
+        """See `Evaluator`."""
+        return is_due(step, self._eval.every_steps, is_stage_end)
+
+    def __call__(self, step: int, stage_name: str, is_stage_end: bool) -> dict[str, Any]:
+        if not self.is_due(step, is_stage_end):
             return {}
         seq_len = self._seq_len_of_stage[stage_name]
         return position_metrics(
@@ -65,6 +73,14 @@ class PositionEvaluator:
             count_bytes=partial(count_bytes, self._tokenizer),
             unigram_bits_per_byte=self._baseline(seq_len),
         )
+
+    def _check_trailing(self, config: RunConfig) -> None:
+        """DataError where a stage watches the loss of trailing positions and held-out rows have none."""
+        for stage in config.stages:
+            rows = self._rows[stage.seq_len]
+            scored = range(min(self._eval.rows, len(rows)))
+            if stage.until.trailing_gap > 0 and not any(has_trailing_tokens(rows.row(i)) for i in scored):
+                raise no_trailing_loss(stage, f"the first {len(scored)} held-out rows of {config.data.valid.path}")
 
     def _baseline(self, seq_len: int) -> float:
         """Bits per byte of a unigram model of the training text, on the rows that are evaluated."""
@@ -89,8 +105,12 @@ class NiahEvaluator:
         for length in self._niah.lengths:
             build_niah_sample(self._text, self._haystack_ids, length=length, depth_percent=50.0, seed=self._seed)
 
-    def __call__(self, step: int, stage_name: str, stage_end: bool) -> dict[str, Any]:
-        if not is_due(step, self._niah.every_steps, stage_end):
+    def is_due(self, step: int, is_stage_end: bool) -> bool:
+        """See `Evaluator`."""
+        return is_due(step, self._niah.every_steps, is_stage_end)
+
+    def __call__(self, step: int, stage_name: str, is_stage_end: bool) -> dict[str, Any]:
+        if not self.is_due(step, is_stage_end):
             return {}
         return dict(
             niah_summary(

@@ -25,7 +25,7 @@ from moba_train.quiet import quiet_imports
 from moba_train.train.checkpoint import load_checkpoint
 from moba_train.train.progress import Identity, Progress, model_fingerprint
 from moba_train.train.resume import newest_step, resolve_checkpoint
-from moba_train.train.run_folder import read_state
+from moba_train.train.run_folder import newest_progress, read_state
 from moba_train.train.schedule import build_schedule
 from moba_train.train.stopping import process_age_s
 
@@ -108,11 +108,14 @@ def on_mesh_of_next_stage(config: RunConfig, resume: str) -> RunConfig:
     """
     with ends_within(config.watchdog.start_s):
         join_ranks(choose_device(config.engine.device), timeout_s=config.engine.timeout_s)
-        steps = ranks.from_rank_0(lambda: newest_step(Path(config.run.dir), resume))
+        progress = ranks.from_rank_0(lambda: newest_progress(Path(config.run.dir), resume))
     try:
-        index = build_schedule(config.stages, config.optimizer).stage_of_next_step(steps)
+        schedule = build_schedule(config.stages, config.optimizer, progress.decided)
+        index = schedule.stage_of_next_step(progress.step, evaluated=progress.evaluated)
         mesh = parallel_of_stage(config.parallel, config.stages[index])
-        dp = check_world_size(mesh, ranks.world_size(), where=mesh_key(config.stages, index))
+        where = mesh_key(config.stages, index)
+        where += "" if progress.evaluated else f" (step {progress.step} is to be evaluated there before all else)"
+        dp = check_world_size(mesh, ranks.world_size(), where=where)
         last = stages_on_mesh(config.parallel, config.stages, index)
         check_rows_per_step(config.stages[:last], dp, first=index)
     except UserError:

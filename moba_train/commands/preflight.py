@@ -13,7 +13,7 @@ from moba_train.config.mesh import parallel_of_stage
 from moba_train.config.schema import ParallelConfig, RunConfig
 from moba_train.train.preflight import run_preflight
 from moba_train.train.preflight_rules import num_ranks
-from moba_train.train.resume import newest_step
+from moba_train.train.run_folder import newest_progress
 from moba_train.train.schedule import build_schedule
 
 _RESUME = "auto"
@@ -48,7 +48,8 @@ def run_preflight_command(config: RunConfig) -> int:
 
 def _mesh_of_next_stage(config: RunConfig) -> ParallelConfig:
     """Its degrees; dp = "auto" counts as 1."""
-    schedule = build_schedule(config.stages, config.optimizer)
-    stage = schedule.stage_of_next_step(newest_step(Path(config.run.dir), _RESUME))
+    progress = newest_progress(Path(config.run.dir), _RESUME)
+    schedule = build_schedule(config.stages, config.optimizer, progress.decided)
+    stage = schedule.stage_of_next_step(progress.step, evaluated=progress.evaluated)
     mesh = parallel_of_stage(config.parallel, config.stages[stage])
     return replace(mesh, dp=1 if mesh.dp == "auto" else mesh.dp)

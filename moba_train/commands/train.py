@@ -29,7 +29,6 @@ from moba_train.engine.base import Engine
 from moba_train.errors import EXIT_MESH
 from moba_train.parallel import ranks
 from moba_train.parallel.topology import Topology
-from moba_train.plan_view import build_plan
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import ConsoleLogger, Log, SilentLog
 from moba_train.train.flops import peak_tflops
@@ -72,21 +71,21 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     ):
         ranks.from_rank_0(lambda: (run_dir / OUTCOME).unlink(missing_ok=True))  # that of an earlier job
         ends = deadlines(config.run.stop_after)
-        schedule = build_schedule(config.stages, config.optimizer)
         tokenizer = load_tokenizer(config.data.tokenizer)
         identity = identity_of(config, tokenizer, topology)
         fill = initial_weights(config, topology, identity, resume=resume)
         engine = build_engine(here, topology, fill=fill)
         evaluators = build_evaluators(config, engine, tokenizer)
-        start = begin(run_dir, resume, engine, identity, schedule)
+        start = begin(run_dir, resume, engine, identity, build_schedule(config.stages, config.optimizer))
+        schedule = build_schedule(config.stages, config.optimizer, start.progress.decided)
         ranks.from_rank_0(lambda: replace_text(run_dir / "config.toml", to_toml(config)))
         summary = RunSummary(config.stages)
         log, sinks = _outputs(config, topology, start.progress, schedule, summary)
         stopping = Stopping(signals, ends, first_save_s=first_save_s(engine.num_parameters))
         origin = (*start.notes, *(fill.notes if fill else ()))
-        greeting = (*checked.lines(), *_greeting(config, engine), *lock_notes, *origin)
-        too_late = ranks.from_rank_0(stopping.too_late)
-        until_step = start.progress.step if too_late else _until_step(config, here, schedule, start.progress.step)
+        greeting = (*checked.lines(), *_greeting(config, engine, schedule, start.progress), *lock_notes, *origin)
+        where = (config, here, schedule, start.progress.step)
+        hindrance = ranks.from_rank_0(stopping.too_late) or _wrong_mesh(*where, evaluated=start.progress.evaluated)
         for line in (*greeting, *stopping.announce()):
             log.line(line)
         try:
@@ -95,8 +94,8 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                     engine,
                     schedule=schedule,
                     start=start.progress,
-                    until_step=until_step,
-                    too_late=too_late,
+                    until_step=_until_step(*where, evaluated=start.progress.evaluated),
+                    hindrance=hindrance,
                     run=config.run,
                     checkpoint=config.checkpoint,
                     stage_data=_StageRows(config, tokenizer, topology, log),
@@ -112,7 +111,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                 with suppress(OSError):  # what a disk has refused is known already
                     sink.close()
         ranks.from_rank_0(lambda: replace_text(run_dir / OUTCOME, _outcome_text(outcome)))
-        for line in (*summary.lines(), _farewell(outcome, config, schedule)):
+        for line in (*summary.lines(), _farewell(outcome, config)):
             log.line(line)
     if outcome.reason != "mesh":
         return 0
@@ -120,16 +119,24 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     return EXIT_MESH
 
 
-def _until_step(config: RunConfig, here: RunConfig, schedule: Schedule, step: int) -> int:
+def _until_step(config: RunConfig, here: RunConfig, schedule: Schedule, step: int, *, evaluated: bool = True) -> int:
     """Where the stages end that run on the mesh of `here`, from finished step `step` on.
 
-    That is `step` itself where the newest checkpoint turned out to be damaged and the one before belongs to a stage of
-    another mesh. The damaged one has been set aside, so that the next start sees where it is.
+    That is `step` itself where this is the wrong mesh.
     """
-    index = schedule.stage_of_next_step(step)
-    if parallel_of_stage(config.parallel, config.stages[index]) != here.parallel:
+    if _wrong_mesh(config, here, schedule, step, evaluated=evaluated):
         return step
+    index = schedule.stage_of_next_step(step, evaluated=evaluated)
     return schedule.first_steps[stages_on_mesh(config.parallel, config.stages, index)]
+
+
+def _wrong_mesh(config: RunConfig, here: RunConfig, schedule: Schedule, step: int, *, evaluated: bool) -> str:
+    """ "mesh" where the run goes on in a stage of another mesh than that of `here`, else "".
+
+    So it is where the newest checkpoint turned out to be damaged. It has been set aside: the next start knows better.
+    """
+    stage = config.stages[schedule.stage_of_next_step(step, evaluated=evaluated)]
+    return "" if parallel_of_stage(config.parallel, stage) == here.parallel else "mesh"
 
 
 @contextmanager
@@ -194,6 +201,8 @@ class _StageRows:
         data = self._open(index)
         shares = ", ".join(f"{name} {rows:,}" for name, rows in data.rows_by_source.items())
         self._log.line(f"data: {len(data):,} rows ({shares}), {100 * data.cut_share:.1f} % of the documents are cut")
+        for line in data.length_lines:
+            self._log.line(f"data: {line}")
         return data
 
     def _open(self, index: int) -> StageData:
@@ -222,15 +231,15 @@ def _meter(config: RunConfig, topology: Topology) -> Meter:
     )
 
 
-def _greeting(config: RunConfig, engine: Engine) -> tuple[str, ...]:
+def _greeting(config: RunConfig, engine: Engine, schedule: Schedule, progress: Progress) -> tuple[str, ...]:
     topology = engine.topology
-    plan = build_plan(config)
+    length = "at most " if schedule.undecided(progress.step) else ""
     return (
         f"{engine.num_parameters:,} parameters on {topology.world_size} rank(s) of {topology.device.type}: tp "
         f"{topology.tp}, cp {topology.cp}, pp {topology.pp}, dp {topology.dp}; "
         f"{describe_engine(config.engine)}, {config.engine.precision}",
-        f"{plan.total_tokens:,} tokens in {plan.total_steps:,} steps and {len(plan.stages)} stage(s); run folder "
-        f"{config.run.dir}",
+        f"{length}{schedule.total_tokens:,} tokens in {schedule.total_steps:,} steps and {len(config.stages)} "
+        f"stage(s); run folder {config.run.dir}",
     )
 
 
@@ -240,10 +249,11 @@ def _outcome_text(outcome: TrainOutcome) -> str:
     return json.dumps(told, indent=2) + "\n"
 
 
-def _farewell(outcome: TrainOutcome, config: RunConfig, schedule: Schedule) -> str:
+def _farewell(outcome: TrainOutcome, config: RunConfig) -> str:
     if outcome.finished:
         return f"next: moba-train eval niah {config.run.dir}; moba-train report {config.run.dir}"
     if outcome.reason == "mesh":
+        schedule = build_schedule(config.stages, config.optimizer, outcome.progress.decided)
         stage = config.stages[schedule.stage_of_next_step(outcome.progress.step)]
         mesh = describe_mesh(parallel_of_stage(config.parallel, stage))
         return f"stage '{stage.name}' runs on {mesh}: start again to go on (launch/torchrun.sh does by itself)"

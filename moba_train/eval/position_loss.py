@@ -74,6 +74,12 @@ def trailing_start(seq_len: int) -> int:
     return seq_len - max(1, seq_len // 16)
 
 
+def has_trailing_tokens(row: Row) -> bool:
+    """Some token of the row counts in the trailing sixteenth."""
+    counted_S = row.loss_mask_S > 0
+    return bool((document_positions(row.cu_seqlens)[counted_S] >= trailing_start(row.loss_mask_S.size)).any())
+
+
 def _row_sums(row: Row, log_prob_S: NDArray[np.float32], edges: tuple[int, ...]) -> NDArray[np.float64]:
     """float64 [buckets + 1, 2]: summed loss and counted tokens per bucket; the last line is the trailing part."""
     position_S = document_positions(row.cu_seqlens)

@@ -15,7 +15,7 @@ from moba_train.eval.table import niah_rows
 from moba_train.report import page, plots
 from moba_train.report.communication import communication
 from moba_train.report.run_data import RunData, last_number, load_run, mean_number, number, series
-from moba_train.report.stages import STAGE_HEADER, UNKNOWN, fixed, stage_rows, switches
+from moba_train.report.stages import STAGE_HEADER, UNKNOWN, UNTIL_HEADER, fixed, stage_rows, switches, until_rows
 from moba_train.train.figures import memory_rows
 
 
@@ -58,7 +58,16 @@ def _stages(run: RunData) -> list[str]:
     text = (
         "MoBA c/k: chunks of c tokens, k of them per query, its own included. Density: attended pairs / causal pairs."
     )
-    return [page.paragraph(text), page.table(STAGE_HEADER, stage_rows(run), text_columns=2)]
+    parts = [page.paragraph(text), page.table(STAGE_HEADER, stage_rows(run), text_columns=2)]
+    watched = until_rows(run)
+    if not watched:
+        return parts
+    picture = page.picture(plots.plot_metric(run, "until/value", "nats per token"), "what stages watch over the steps")
+    note = (
+        "A stage with `until` ends at the evaluation after which the number it watches has not fallen enough; a strong "
+        "line marks where that was decided, here and in every chart."
+    )
+    return [*parts, page.paragraph(note), page.table(UNTIL_HEADER, watched, text_columns=2), picture]
 
 
 def _loss(run: RunData) -> list[str]:

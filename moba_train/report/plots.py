@@ -1,6 +1,7 @@
 """The report's pictures: matplotlib figures as SVG, one function per picture, each None where there is nothing to draw.
 
-All charts over steps share one look: stages are shaded (MoBA green, full attention blue) and named at the top.
+All charts over steps share one look: stages are shaded (MoBA green, full attention blue) and named at the top; a strong
+line stands where the end of a stage was decided.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def _chart(
     for stage in stages:
         start, end = stage.first_step - 1, stage.last_step
         axes.axvspan(start, end, color=SHADES.get(stage.attention, SHADES[""]), alpha=0.75, linewidth=0, zorder=0)
+        if stage.decided:
+            axes.axvline(end, color=INK, linewidth=1.1, zorder=1, gid=f"decided-{end}")
         if start > first:
             axes.axvline(start, color="#B9C2CC", linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         if end - start > letter * len(stage.name):

@@ -46,6 +46,11 @@ class StageSpan:
     def last_step(self) -> int:
         return int(self.steps[-1]["step"])
 
+    @property
+    def decided(self) -> Step | None:
+        """The step whose evaluation ended the stage (`until`); None = it has a fixed length, or goes on."""
+        return next((step for step in self.steps if number(step, "until/decided")), None)
+
 
 @dataclass(frozen=True)
 class RunData:

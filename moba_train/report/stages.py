@@ -45,6 +45,31 @@ def settings_text(stage: StageSpan) -> str:
     return f"{text}, full: {', '.join(named)}" if named else text
 
 
+UNTIL_HEADER = ("stage", "ends when", "watched, last", "fall, last", "ended", "tokens, at most")
+
+
+def until_rows(run: RunData) -> list[tuple[str, ...]]:
+    """One formatted row per stage that watches a number, in the order of `UNTIL_HEADER`."""
+    rows: list[tuple[str, ...]] = []
+    for stage in run.stages:
+        value, fall = (last_number(stage.steps, f"until/{name}") for name in ("value", "fall"))
+        if value is None:
+            continue
+        most: Any = stage.settings.get("tokens", UNKNOWN)
+        ended = "at its greatest length" if stage is not run.stages[-1] else "not yet"
+        ended = f"by decision, step {stage.last_step}" if stage.decided else ended
+        most = f"{most:,}" if isinstance(most, int) else UNKNOWN
+        rows.append((stage.name, _until_text(stage), fixed(value, 4), fixed(fall, 4), ended, most))
+    return rows
+
+
+def _until_text(stage: StageSpan) -> str:
+    until: Any = stage.settings.get("until", {})
+    until = until if isinstance(until, dict) else {}
+    rules = [f"{name} falls by less than {until[name]}" for name in ("loss_plateau", "trailing_gap") if until.get(name)]
+    return f"{rules[0]} in {until.get('evaluations', '?')} evaluations" if rules else UNKNOWN
+
+
 STAGE_HEADER = (
     "stage",
     "attention",
@@ -78,7 +103,7 @@ def stage_rows(run: RunData) -> list[tuple[str, ...]]:
                 stage.name,
                 settings_text(stage),
                 str(stage.settings.get("seq_len", UNKNOWN)),
-                f"{stage.first_step} to {stage.last_step}",
+                f"{stage.first_step} to {stage.last_step}" + (" (decided)" if stage.decided else ""),
                 UNKNOWN if tokens_after is None else human(tokens_after - tokens_before),
                 fixed(mean_number(stage.steps, "train/density")),
                 fixed(sum(start) / len(start) if start else None),

@@ -27,11 +27,13 @@ _PHASE_LINE_S: Final = 10.0
 
 
 class Log(Protocol):
-    """Takes whole lines, and where a step is. Ranks other than 0 have one that says nothing."""
+    """Takes whole lines, where a step is, and how long the run is. Ranks other than 0 have one that says nothing."""
 
     def line(self, text: str) -> None: ...
 
     def phase(self, phase: Phase) -> None: ...
+
+    def total_steps(self, steps: int) -> None: ...
 
 
 class SilentLog:
@@ -43,6 +45,9 @@ class SilentLog:
     def phase(self, phase: Phase) -> None:
         """Say nothing."""
 
+    def total_steps(self, steps: int) -> None:
+        """Say nothing."""
+
 
 class ConsoleLogger:
     """A log line every `log_every` steps; also a metric sink.
@@ -50,7 +55,7 @@ class ConsoleLogger:
     Args:
         log_every: steps between lines; the first and the last step, every stage's first step, bad steps and steps
             with an evaluation get one too.
-        total_steps: steps of the run, for the ETA.
+        total_steps: steps of the run, for the ETA; the most there can be, until stages with `until` are decided.
         resume_step: finished steps at the start.
         console: where to write; None = standard output.
         clock: seconds.
@@ -102,6 +107,17 @@ class ConsoleLogger:
             self._phase_line_s = now_s
             elapsed = format_duration(now_s - self._step_begin_s)
             self.line(f"  in step {self._step + 1}/{self._total_steps} since {elapsed}: {phase}")
+
+    def total_steps(self, steps: int) -> None:
+        """The run has as many steps, now that the end of a stage is decided."""
+        if steps != self._total_steps:
+            self._total_steps = steps
+            if self._bar is not None:
+                self._bar.update(self._task, total=steps)
+
+    def amend(self, record: Record) -> None:
+        """Print what was evaluated now of a step of an earlier process."""
+        self.line(f"step {record['step']}/{self._total_steps} | {record['stage']}\n  {format_evaluation(record)}")
 
     def write(self, record: Record) -> None:
         """Note a step; print its line if it is due."""
@@ -164,6 +180,9 @@ def format_evaluation(record: Record) -> str:
             parts.append(f"{title} {known}")
         if known and key == "bits_per_byte" and "eval/bits_per_byte_unigram" in record:
             parts[-1] += f" (unigram {_number(record['eval/bits_per_byte_unigram'], spec)})"
+    if "until/value" in record:
+        fall = f", fall {_number(record['until/fall'], '.4g')}" if "until/fall" in record else ""
+        parts.append(f"until {_number(record['until/value'], '.4f')}{fall}")
     return " | ".join(["eval", *parts]) if parts else ""
 
 

@@ -2,7 +2,8 @@
 
 One JSON object per step in full precision. A value that is not finite becomes null and the record carries
 `"train/bad": true`, because NaN is not JSON. After a resume no step stands twice: lines beyond the step that the run
-resumes from are dropped, atomically, before the first new one is written.
+resumes from are dropped, atomically, before the first new one is written. The step itself may have been stopped before
+its evaluation: its line is completed then, atomically too, as if it had never been stopped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ class MetricSink(Protocol):
 
     def write(self, record: Record) -> None:
         """Take the record of one step."""
+        ...
+
+    def amend(self, record: Record) -> None:
+        """Take what was evaluated now of the step that the run resumed from: more numbers for its record."""
         ...
 
     def flush(self) -> None:
@@ -57,6 +62,11 @@ class Records:
         for sink in self._sinks:
             with self._kept_in_mind():
                 sink.write(record)
+
+    def amend(self, record: Record) -> None:
+        for sink in self._sinks:
+            with self._kept_in_mind():
+                sink.amend(record)
 
     def flush(self) -> None:
         for sink in self._sinks:
@@ -100,11 +110,26 @@ class JsonlWriter:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         truncate_after(path, resume_step)
+        self._path = path
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         self._stream.write(to_json_line(record))
         self._stream.flush()
+
+    def amend(self, record: Record) -> None:
+        """Complete the last line, if it is that of the step; where it was lost, `record` stands for it."""
+        lines = self._path.read_text("utf-8").splitlines(keepends=True)
+        known = json.loads(lines[-1]) if lines else {}
+        if known.get("step") == record["step"]:
+            lines.pop()
+        else:
+            known = {}
+        line = json.dumps(known | json.loads(to_json_line(record))) + "\n"
+        replace_text(self._path, "".join((*lines, line)))
+        stream = self._path.open("a", encoding="utf-8")
+        self._stream.close()
+        self._stream = stream
 
     def flush(self) -> None:
         self._stream.flush()
@@ -135,6 +160,10 @@ class TensorBoardWriter:
             for tag, number in _series(key, value):
                 self._writer.add_scalar(tag, number, record["step"])
 
+    def amend(self, record: Record) -> None:
+        """The points that the step did not have. They stand before what `purge_step` hides."""
+        self.write(record)
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -144,7 +173,7 @@ class TensorBoardWriter:
 
 def _series(key: str, value: Any) -> list[tuple[str, float]]:
     if isinstance(value, (list, tuple)):
-        return [(f"{key}/{index}", float(item)) for index, item in enumerate(value)]
+        return [(f"{key}/{index}", float(item)) for index, item in enumerate(value) if item is not None]
     return [(key, float(value))] if isinstance(value, (int, float)) else []
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moba_train.config.schema import ModelConfig, StageConfig
 from moba_train.errors import CheckpointError
 
+_COUNTS = ("step", "stage_index", "step_in_stage", "tokens", "bad_steps", "bad_steps_total")
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Position after `step` finished steps.
+    """Position after `step` finished steps, and what decides where its stage ends.
 
     Attributes:
         step: finished steps.
@@ -22,6 +25,11 @@ class Progress:
         tokens: tokens seen.
         bad_steps: consecutive skipped steps (loss or gradient norm not finite) up to here.
         bad_steps_total: skipped steps of the whole run.
+        evaluated: what is due after the last step has been evaluated; False = the run was stopped before, and whoever
+            goes on with it begins with that.
+        watched: the rule of `until` that `watched_values` belong to ("loss_plateau", "trailing_gap"), "" without one.
+        watched_values: what it watched at the evaluations of this stage, as far as it matters (`until.kept`).
+        decided: stage index -> steps after which the stage ended, for those that `until` has ended.
     """
 
     step: int = 0
@@ -30,6 +38,28 @@ class Progress:
     tokens: int = 0
     bad_steps: int = 0
     bad_steps_total: int = 0
+    evaluated: bool = True
+    watched: str = ""
+    watched_values: tuple[float, ...] = ()
+    decided: Mapping[int, int] = field(default_factory=dict)
+
+    def advanced(
+        self, stage_index: int, step_in_stage: int, tokens: int, bad_steps: int, bad_steps_total: int
+    ) -> Progress:
+        """Position one step later; what was watched counts in its own stage alone."""
+        is_same_stage = stage_index == self.stage_index
+        return replace(
+            self,
+            step=self.step + 1,
+            stage_index=stage_index,
+            step_in_stage=step_in_stage,
+            tokens=tokens,
+            bad_steps=bad_steps,
+            bad_steps_total=bad_steps_total,
+            evaluated=True,
+            watched=self.watched if is_same_stage else "",
+            watched_values=self.watched_values if is_same_stage else (),
+        )
 
 
 @dataclass(frozen=True)
@@ -66,14 +96,55 @@ def saved_model(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows_fingerprint(stage: StageConfig) -> dict[str, Any]:
     """The fields that decide which rows a stage draws, and in which order (with seed and sources)."""
-    names = ("name", "tokens", "tokens_per_step", "seq_len", "mix")
+    names = ("name", "tokens", "tokens_per_step", "seq_len", "mix", "lengths")
     return {name: value for name, value in asdict(stage).items() if name in names}
 
 
 def progress_from_state(state: Mapping[str, Any]) -> Progress:
     """Read the fields of `Progress` from a decoded state.json; KeyError if one is missing."""
-    state = {"bad_steps_total": 0, **state}  # older checkpoints do not have it
-    return Progress(**{field.name: int(state[field.name]) for field in fields(Progress)})
+    state = _completed(state)
+    return Progress(
+        **{name: int(state[name]) for name in _COUNTS},
+        evaluated=bool(state["evaluated"]),
+        watched=str(state["watched"]),
+        watched_values=tuple(float(value) for value in state["watched_values"]),
+        decided={int(index): int(steps) for index, steps in state["decided"].items()},
+    )
+
+
+def wrong_fields(state: Mapping[str, Any]) -> list[str]:
+    """The fields of `Progress` whose value in a decoded state.json is none that a run writes.
+
+    KeyError if one is missing; others of Python's own errors where a value has a type of its own.
+    """
+    state = _completed(state)
+    wrong = [name for name in _COUNTS if not is_count(state[name])]
+    if type(state["evaluated"]) is not bool:
+        wrong.append("evaluated")
+    if state["watched"] not in ("", "loss_plateau", "trailing_gap"):
+        wrong.append("watched")
+    values, decided = state["watched_values"], state["decided"]
+    if not isinstance(values, (list, tuple)) or not all(
+        type(value) in (int, float) and math.isfinite(value) for value in values
+    ):
+        wrong.append("watched_values")
+    if wrong or not isinstance(decided, dict):
+        return wrong or ["decided"]
+    for index, steps in decided.items():
+        is_past = str(index).isdecimal() and int(index) <= state["stage_index"] and is_count(steps) and steps > 0
+        if not is_past or (int(index) == state["stage_index"] and steps != state["step_in_stage"]):
+            return ["decided"]
+    return []
+
+
+def is_count(value: object) -> bool:
+    """A whole number from 0 that fits 64 bits; true and false are none."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _completed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """With what older checkpoints do not have."""
+    return {"bad_steps_total": 0, "evaluated": True, "watched": "", "watched_values": (), "decided": {}, **state}
 
 
 def check_identity(path: Path, state: dict[str, Any], identity: Identity) -> None:

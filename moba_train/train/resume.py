@@ -9,7 +9,6 @@ PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,15 @@ from moba_train.train.run_folder import (
     list_abandoned,
     list_checkpoints,
     list_leftovers,
+    newest_progress,
     read_latest,
     read_state,
+    restore_replaced,
     set_aside_after,
     step_of,
 )
 from moba_train.train.schedule import Schedule
+from moba_train.train.until import rule_of
 
 
 @dataclass(frozen=True)
@@ -111,22 +113,8 @@ def resolve_checkpoint(path: Path, *, argument: str = "RUN_OR_CHECKPOINT") -> St
 
 
 def newest_step(run_dir: Path, resume: str) -> int:
-    """Finished steps of the newest checkpoint that `--resume` may come to stand for, by what it says of itself alone.
-
-    Whether its files are whole is for `begin` to find out. 0 where there is none, or nothing to be read: `begin` says
-    what is wrong with it.
-    """
-    if resume == "never":
-        return 0
-    path = run_dir if resume == "auto" else Path(resume)
-    with suppress(CheckpointError, OSError):
-        if NAME.fullmatch(path.name) or (path / STATE).exists():
-            return progress_from_state(read_state(path)).step
-    folder = path.parent if path.name == FOLDER else path
-    for checkpoint in reversed(list_checkpoints(folder)):
-        with suppress(CheckpointError):
-            return progress_from_state(read_state(checkpoint)).step
-    return 0
+    """Finished steps of the newest checkpoint that `--resume` may come to stand for (`newest_progress`)."""
+    return newest_progress(run_dir, resume).step
 
 
 def _survey(run_dir: Path) -> _Survey:
@@ -171,12 +159,17 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
 
     Checkpoints of this run beyond that point (damaged, or of a branch that `--resume PATH` leaves) are set aside.
 
+    Args:
+        schedule: the configuration's, with stages at their greatest lengths.
+
     Returns:
-        The starting point with its `progress` filled in and notes for the log.
+        The starting point with its `progress` filled in and notes for the log. The run's schedule is `schedule` with
+        what that progress says was decided.
 
     Raises:
         CheckpointError: see `find_start`, `load_checkpoint` and `check_schedule`.
     """
+    restored = ranks.from_rank_0(lambda: restore_replaced(run_dir))
     start = find_start(run_dir, resume)
     path = start.path
     if path is None:
@@ -185,8 +178,15 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
     check_schedule(state, schedule, path)
     saved = load_checkpoint(path, engine, identity, is_verified=True)
     left = ranks.from_rank_0(lambda: set_aside_after(run_dir, saved.step))
-    notes = (*start.notes, *(f"set aside {name}.abandoned: it lies beyond step {saved.step}" for name in left))
-    return StartingPoint(path, notes, saved)
+    notes = [
+        *(f"restored {name}: it was being replaced by one of the same step" for name in restored),
+        *start.notes,
+        *(f"set aside {name}.abandoned: it lies beyond step {saved.step}" for name in left),
+    ]
+    stage = schedule.stages[min(saved.stage_index, len(schedule.stages) - 1)]
+    if saved.watched and saved.watched != rule_of(stage.until) and saved.stage_index not in saved.decided:
+        notes.append(f"stage '{stage.name}' does not watch {saved.watched} any more: its numbers so far do not count")
+    return StartingPoint(path, tuple(notes), saved)
 
 
 def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> None:
@@ -197,11 +197,13 @@ def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> 
 
     Args:
         state: decoded state.json.
+        schedule: the configuration's, with stages at their greatest lengths.
 
     Raises:
         CheckpointError: names what differs.
     """
     saved = progress_from_state(state)
+    schedule = schedule.with_decided(saved.decided)
     where, fix = (
         str(path),
         "Restore these stages as the checkpoint's config.toml has them; to train longer, append one.",
@@ -212,6 +214,12 @@ def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> 
     if saved.step > schedule.total_steps:
         what, got = "the stages are shorter than the checkpoint is old", f"{schedule.total_steps} steps in all"
         raise CheckpointError(what, where=where, got=got, allowed=told, fix=fix)
+    for index, stage in enumerate(schedule.stages):
+        steps = saved.decided.get(index, 0)
+        if steps * stage.tokens_per_step > stage.tokens:
+            what = "a stage is shorter than it was when `until` ended it"
+            got, allowed = f"stages.{index}.tokens = {stage.tokens}", f">= {steps * stage.tokens_per_step}"
+            raise CheckpointError(what, where=where, got=got, allowed=allowed, fix=fix)
     last = schedule.place(saved.step - 1)
     tokens = schedule.tokens_after(saved.step)
     if (last.stage_index, last.step_in_stage + 1, tokens) != (saved.stage_index, saved.step_in_stage, saved.tokens):
@@ -219,7 +227,8 @@ def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> 
         what = "the stages up to the checkpoint are not those that it was trained with"
         raise CheckpointError(what, where=where, got=got, allowed=told, fix=fix)
     if saved.step < schedule.total_steps and schedule.place(saved.step).stage_index == saved.stage_index:
-        theirs, ours = state["stage_rows"], rows_fingerprint(schedule.stages[saved.stage_index])
+        theirs = {"lengths": {}, **state["stage_rows"]}  # older checkpoints do not have it
+        ours = rows_fingerprint(schedule.stages[saved.stage_index])
         different = [key for key in ours if theirs.get(key) != ours[key]]
         if different:
             raise CheckpointError(

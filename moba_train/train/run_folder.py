@@ -4,7 +4,7 @@ The names:
 
     step_00000120             a checkpoint
     step_00000120.tmp         a save that is being written, or was cut short
-    step_00000120.old         a checkpoint that is being deleted
+    step_00000120.old         a checkpoint that is being deleted, or replaced by one of the same step
     step_00000120.abandoned   a checkpoint beyond the point from which the run was resumed
     latest                    name of the newest checkpoint
 """
@@ -15,12 +15,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moba_train.errors import CheckpointError
-from moba_train.train.manifest import decode_json, fsync_path, read_small, replace_text
-from moba_train.train.progress import progress_from_state
+from moba_train.train.manifest import damages, decode_json, fsync_path, read_small, replace_text
+from moba_train.train.progress import Progress, progress_from_state, wrong_fields
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -70,7 +71,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if missing:
             raise KeyError(sorted(missing)[0])
         wrong = [key for key in ("stage_rows", "model") if not isinstance(state[key], dict)]
-        wrong += [key for key in vars(progress_from_state(state)) if not is_count(state.get(key, 0))]
+        wrong += wrong_fields(state)
         if wrong:
             raise ValueError(f"{wrong[0]} is {str(state[wrong[0]])[:40]!r}")
         if NAME.fullmatch(path.name) and state["step"] != step_of(path):
@@ -85,9 +86,23 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def is_count(value: object) -> bool:
-    """A whole number from 0 that fits 64 bits; true and false are none."""
-    return type(value) is int and 0 <= value < 1 << 63
+def newest_progress(run_dir: Path, resume: str) -> Progress:
+    """Position of the newest checkpoint that `--resume` may come to stand for, by what it says of itself alone.
+
+    Whether its files are whole is for `resume.begin` to find out. That of a new run where there is none, or nothing to
+    be read: `begin` says what is wrong with it.
+    """
+    if resume == "never":
+        return Progress()
+    path = run_dir if resume == "auto" else Path(resume)
+    with suppress(CheckpointError, OSError):
+        if NAME.fullmatch(path.name) or (path / STATE).exists():
+            return progress_from_state(read_state(path))
+    folder = path.parent if path.name == FOLDER else path
+    for checkpoint in reversed(list_checkpoints(folder)):
+        with suppress(CheckpointError):
+            return progress_from_state(read_state(checkpoint))
+    return Progress()
 
 
 def read_latest(run_dir: Path) -> str:
@@ -165,6 +180,25 @@ def set_aside_after(run_dir: Path, step: int) -> list[str]:
     elif beyond and not left:
         (run_dir / FOLDER / LATEST).unlink(missing_ok=True)
     return [path.name for path in beyond]
+
+
+def restore_replaced(run_dir: Path) -> list[str]:
+    """Give a checkpoint its name back that was to be replaced by one of the same step, when the job died in between.
+
+    It is newer than all others, and complete by its manifest; one that was being deleted is older. The caller holds the
+    lock of the run folder.
+
+    Returns:
+        Its name, if there was one.
+    """
+    known = list_checkpoints(run_dir)
+    newest = step_of(known[-1]) if known else -1
+    for path in reversed(list_leftovers(run_dir)):
+        if path.suffix == ".old" and step_of(path) > newest and not any(damages(path, hashes=False)):
+            os.replace(path, path.with_suffix(""))
+            fsync_path(path.parent)
+            return [path.stem]
+    return []
 
 
 def _folders(run_dir: Path, names: re.Pattern[str]) -> list[Path]:

@@ -3,15 +3,20 @@
 Steps are counted from 0 when they name a step to do, and as a plain count when they say how many are finished: after
 `step` finished steps the next one to do is step `step`. Progress is measured in tokens, because a stage may change the
 tokens of a step, and the number of samples would then mean something else before and after the change.
+
+A stage with `until` has its greatest length until its end is decided; from then on the schedule is one in which it has
+the steps that it really took. The rules of the configuration (config/until_rules.py) see to it that no learning rate
+changes with a decision that has not been made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from moba_train.config.schema import OptimizerConfig, StageConfig
+from moba_train.config.until_rules import decides
 from moba_train.errors import ConfigError
 
 
@@ -59,12 +64,18 @@ class Schedule:
     Attributes:
         first_steps: the first step of each stage, then the number of steps of the run: [stages + 1].
         first_tokens: tokens seen before each stage, then the tokens of the run: [stages + 1].
+        decided: stage index -> steps that the stage took, for those that `until` has ended.
     """
 
     stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig
     first_steps: tuple[int, ...]
     first_tokens: tuple[int, ...]
+    decided: Mapping[int, int] = field(default_factory=dict)
+
+    def with_decided(self, decided: Mapping[int, int]) -> Schedule:
+        """This schedule, stages having taken the steps that `decided` says."""
+        return self if decided == self.decided else build_schedule(self.stages, self.optimizer, decided)
 
     @property
     def total_steps(self) -> int:
@@ -86,9 +97,14 @@ class Schedule:
                 )
         raise IndexError(f"step {step} is outside the run of {self.total_steps} steps")
 
-    def stage_of_next_step(self, step: int) -> int:
-        """Index of the stage in which a run goes on after `step` finished steps; the last one where none is left."""
-        return self.place(min(step, self.total_steps - 1)).stage_index
+    def stage_of_next_step(self, step: int, *, evaluated: bool = True) -> int:
+        """Index of the stage in which a run goes on after `step` finished steps; the last one where none is left.
+
+        Args:
+            evaluated: False = the evaluation of the last step is still to come, which takes place in its stage.
+        """
+        following = step if evaluated or step == 0 else step - 1
+        return self.place(min(following, self.total_steps - 1)).stage_index
 
     def tokens_after(self, step: int) -> int:
         """Tokens seen once `step` steps are finished; the run's total from its end on."""
@@ -103,6 +119,11 @@ class Schedule:
         peak = self.optimizer.lr if stage.lr == "inherit" else stage.lr
         return lr_at(self.tokens_after(step + 1), peak=peak, optimizer=self.optimizer, total_tokens=self.total_tokens)
 
+    def undecided(self, step: int) -> list[int]:
+        """Stages that may end before their greatest length, for all that is known after `step` finished steps."""
+        ends = enumerate(self.first_steps[1:])
+        return [i for i, end in ends if decides(self.stages[i]) and i not in self.decided and step < end]
+
     def sample_ids(self, step: int) -> range:
         """Rows of its stage that step `step` trains on, over all data-parallel ranks."""
         place = self.place(step)
@@ -112,8 +133,13 @@ class Schedule:
         return self.stages[stage_index].tokens_per_step
 
 
-def build_schedule(stages: Sequence[StageConfig], optimizer: OptimizerConfig) -> Schedule:
+def build_schedule(
+    stages: Sequence[StageConfig], optimizer: OptimizerConfig, decided: Mapping[int, int] | None = None
+) -> Schedule:
     """Lay the stages end to end.
+
+    Args:
+        decided: stage index -> steps that the stage took, for those that `until` has ended; None = none.
 
     Raises:
         ConfigError: no stage, or a stage whose length is not a positive whole number of steps and rows.
@@ -137,6 +163,7 @@ def build_schedule(stages: Sequence[StageConfig], optimizer: OptimizerConfig) ->
                 got=f"tokens {stage.tokens}, tokens_per_step {stage.tokens_per_step}",
                 fix="Make tokens a multiple of tokens_per_step.",
             )
-        steps.append(steps[-1] + stage.tokens // stage.tokens_per_step)
-        tokens.append(tokens[-1] + stage.tokens)
-    return Schedule(tuple(stages), optimizer, tuple(steps), tuple(tokens))
+        taken = (decided or {}).get(index, stage.tokens // stage.tokens_per_step)
+        steps.append(steps[-1] + taken)
+        tokens.append(tokens[-1] + taken * stage.tokens_per_step)
+    return Schedule(tuple(stages), optimizer, tuple(steps), tuple(tokens), dict(decided or {}))

@@ -1,19 +1,23 @@
-"""One step of the loop: draw this rank's rows, train on them, agree with the other ranks, make the record."""
+"""One step of the loop: draw this rank's rows, train on them, agree with the other ranks, make the record, evaluate."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from moba_train.config.schema import StageConfig
 from moba_train.data.row import Row
 from moba_train.data.sampler import rows_of_step
 from moba_train.engine.base import Engine, StepResult
+from moba_train.parallel import ranks
 from moba_train.train.console import Log
+from moba_train.train.progress import Progress
 from moba_train.train.record import Meter, Wishes, step_record
 from moba_train.train.schedule import Schedule
+from moba_train.train.until import decide, rule_of
 
 # Rows that are looked at to learn how long a stage's documents are.
 TYPICAL_ROWS = 8
@@ -23,6 +27,18 @@ class RowSource(Protocol):
     """The rows of one stage; `moba_train.data.stage_data.StageData` is one."""
 
     def row(self, index: int) -> Row: ...
+
+
+class Evaluator(Protocol):
+    """An evaluation inside the loop."""
+
+    def is_due(self, step: int, is_stage_end: bool) -> bool:
+        """After `step` finished steps, the last of which may end its stage?"""
+        ...
+
+    def __call__(self, step: int, stage_name: str, is_stage_end: bool) -> Mapping[str, Any]:
+        """`eval/*` numbers, {} when it is not due. Collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,49 @@ class Step:
     wishes: Wishes
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What the evaluations after a step came to, the same on every rank.
+
+    Attributes:
+        record: their numbers, for the record of the step; empty = none took place.
+        progress: with what they decide, and whether they are still to come.
+        lines: for the log.
+    """
+
+    record: dict[str, Any]
+    progress: Progress
+    lines: tuple[str, ...] = ()
+
+
+class CurrentStage:
+    """The stage that the engine is in, and its rows.
+
+    Args:
+        stage_data: stage index -> its rows; called when the stage begins.
+    """
+
+    def __init__(self, engine: Engine, stage_data: Callable[[int], RowSource], log: Log) -> None:
+        self._engine = engine
+        self._stage_data = stage_data
+        self._log = log
+        self._open: tuple[int, RowSource] | None = None
+
+    def enter(self, schedule: Schedule, step: int) -> RowSource:
+        """Rows of the stage of step `step` (counted from 0); the engine is switched to it, which is announced."""
+        index = schedule.place(step).stage_index
+        if self._open is None or self._open[0] != index:
+            doing = f"opening the data of stage '{schedule.stages[index].name}'"
+            self._engine.topology.watch.begin(doing, limit="start")
+            self._open = (index, self._stage_data(index))
+            begin_stage(self._engine, schedule, step, self._open[1], self._log)
+        return self._open[1]
+
+    def reenter(self, schedule: Schedule, step: int) -> None:
+        """The stage of the last of `step` finished steps, in which it is evaluated."""
+        self.enter(schedule, step - 1 if schedule.place(step - 1).is_stage_end else step)
+
+
 def begin_stage(engine: Engine, schedule: Schedule, step: int, data: RowSource, log: Log) -> None:
     """Switch the engine to the stage of step `step` (counted from 0), and announce it."""
     index = schedule.place(step).stage_index
@@ -47,6 +106,35 @@ def begin_stage(engine: Engine, schedule: Schedule, step: int, data: RowSource, 
     notes = engine.set_stage(index, documents=documents)
     for line in (describe_stage(schedule, step), *notes):
         log.line(line)
+
+
+def is_evaluation_due(evaluators: Sequence[Evaluator], schedule: Schedule, step: int) -> bool:
+    """After `step` finished steps?"""
+    is_stage_end = schedule.place(step - 1).is_stage_end
+    return any(evaluate.is_due(step, is_stage_end) for evaluate in evaluators)
+
+
+def evaluate_step(engine: Engine, evaluators: Sequence[Evaluator], schedule: Schedule, done: Progress) -> Evaluated:
+    """Evaluate what is due after the last finished step, and see whether that ends the stage; collective.
+
+    The evaluator that gives the numbers of `until` comes first: those behind it learn that the stage ends here. Rank 0
+    decides, so that ranks whose numbers differ by rounding do not part.
+    """
+    place = schedule.place(done.step - 1)
+    stage = schedule.stages[place.stage_index]
+    record: dict[str, Any] = {}
+    lines: list[str] = []
+    for evaluate in evaluators:
+        is_end = place.is_stage_end or place.stage_index in done.decided
+        engine.topology.watch.begin(f"evaluation after step {done.step}", limit="step")
+        numbers = evaluate(done.step, stage.name, is_end)
+        record |= numbers
+        if numbers and rule_of(stage.until):
+            decision = ranks.from_rank_0(partial(decide, stage, done, numbers, is_end=is_end))
+            done = decision.progress
+            record |= decision.record
+            lines += decision.lines
+    return Evaluated(record, replace(done, evaluated=True), tuple(lines))
 
 
 def run_step(
@@ -88,6 +176,12 @@ def run_step(
     )
     performance = meter.performance(step_time_s=step_time_s, num_tokens=stage.tokens_per_step, pairs=pairs)
     return Step(result, position | performance, agreed)
+
+
+def position_record(schedule: Schedule, done: Progress) -> dict[str, Any]:
+    """What tells to which step further numbers belong."""
+    stage = schedule.stages[done.stage_index]
+    return {"step": done.step, "stage": stage.name, "stage_index": done.stage_index, "tokens": done.tokens}
 
 
 def typical_documents(data: RowSource, stage: StageConfig) -> list[tuple[int, ...]]:

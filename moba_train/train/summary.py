@@ -28,6 +28,9 @@ class RunSummary:
             if key.startswith("memory/"):
                 self._memory[key] = max(self._memory.get(key, 0.0), float(value))
 
+    def amend(self, record: Record) -> None:
+        """An evaluation says nothing of time and memory of steps."""
+
     def flush(self) -> None:
         """Nothing is buffered."""
 

@@ -52,6 +52,21 @@ class Seen:
     diverged: str = ""
 
 
+@dataclass(frozen=True)
+class Interrupt:
+    """An evaluator without numbers; this rank may get a signal in it."""
+
+    is_signalled: bool
+
+    def is_due(self, step: int, is_stage_end: bool) -> bool:
+        return False
+
+    def __call__(self, step: int, stage_name: str, is_stage_end: bool) -> Mapping[str, Any]:
+        if step == 2 and self.is_signalled:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return {}
+
+
 def data_parallel_part(
     rank: int, n: int, run_dir: Path, signalled_rank: int, optimizer: OptimizerConfig = OPTIMIZER
 ) -> Seen:
@@ -64,11 +79,6 @@ def data_parallel_part(
     rows: dict[int, Asked] = {}
     outcome, diverged = None, ""
 
-    def interrupt(step: int, stage: str, stage_end: bool) -> Mapping[str, Any]:
-        if step == 2 and rank == signalled_rank:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return {}
-
     sinks = [JsonlWriter(run_dir / "metrics.jsonl", resume_step=start.progress.step)] if rank == 0 else []
     with StopSignals() as signals:
         try:
@@ -80,7 +90,7 @@ def data_parallel_part(
                 run=RunSection(log_every=1, max_bad_steps=2),
                 checkpoint=CheckpointConfig(every_steps=0),
                 stage_data=lambda index: rows.setdefault(index, Asked(index)),
-                evaluators=(interrupt,),
+                evaluators=(Interrupt(rank == signalled_rank),),
                 store=CheckpointStore(run_dir, identity, "", STAGES, keep_last=9),
                 meter=Meter(MODEL, False, n, 1, engine.topology.device, None),
                 sinks=sinks,

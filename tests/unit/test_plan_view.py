@@ -71,7 +71,7 @@ def test_the_million_token_plan_shows_the_paper_s_layers_and_mesh() -> None:
     assert "8,030,261,248" in text
     assert "tp 4 x cp 16 x pp 1 x dp 1 (64 ranks), zigzag" in text
     assert "L0-28 MoBA 4096/12, L29-31 full" in text
-    row = next(line for line in text.splitlines() if line.startswith("1m "))
+    row = next(line for line in text.splitlines() if line.startswith("moba_1m "))
     assert row.split()[1:5] == ["100,663,296,000", "24,000", "4", "1,048,576"]
 
 

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from moba_train.errors import DataError
 from moba_train.report import build_report, summary_table
-from moba_train.report.plots import MAX_POINTS, human, smooth, thin
+from moba_train.report.plots import MAX_POINTS, human, plot_loss, smooth, thin
 from moba_train.report.run_data import load_run, series
-from moba_train.report.stages import stage_rows, switches
+from moba_train.report.stages import stage_rows, switches, until_rows
 
 from .conftest import write_run
 
@@ -63,6 +63,29 @@ def read(path: Path) -> tuple[str, Checker]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_report(write_run(tmp_path_factory.mktemp("whole")))
+
+
+def test_a_stage_that_decided_where_it_ends_is_marked_with_its_rule_and_its_numbers(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for step in steps[49:350:50]:
+        step |= {"until/value": 5.0 / step["step"], "until/fall": 0.01}
+    steps[149]["until/decided"] = 1.0
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    config = (run_dir / "config.toml").read_text()
+    rule = 'name = "short"\nuntil = { loss_plateau = 0.0, trailing_gap = 0.02, evaluations = 3 }'
+    (run_dir / "config.toml").write_text(config.replace('name = "short"', rule))
+    run = load_run(run_dir)
+    assert [stage.decided is not None for stage in run.stages] == [True, False, False]
+    assert [row[3] for row in stage_rows(run)] == ["1 to 150 (decided)", "151 to 370", "371 to 450"]
+    decided, other = until_rows(run)
+    assert decided[:5] == (
+        *("short", "trailing_gap falls by less than 0.02 in 3 evaluations", "0.0333", "0.0100"),
+        "by decision, step 150",
+    )
+    assert (other[0], other[4]) == ("long", "at its greatest length")
+    picture = plot_loss(run) or b""
+    assert b'id="decided-150"' in picture and b'id="decided-370"' not in picture
 
 
 def test_the_report_is_one_file_that_asks_nothing_of_the_network(whole: Path) -> None:

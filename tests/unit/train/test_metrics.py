@@ -80,7 +80,8 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
     writer = TensorBoardWriter(tmp_path, resume_step=0)
     for step in (1, 2):
-        writer.write(a_record(step, **{"eval/position_loss_moba": [2.0, 1.5], "eval/position_edges": [0, 8, 16]}))
+        losses = {"eval/position_loss_moba": [2.0, 1.5], "eval/position_loss_full": [2.0, None]}  # None: no token there
+        writer.write(a_record(step, **losses, **{"eval/position_edges": [0, 8, 16]}))
     writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -88,6 +89,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert "train/loss" in tags and "step" not in tags and "eval/position_edges/0" not in tags
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert events.Scalars("eval/position_loss_moba/1")[0].value == 1.5
+    assert "eval/position_loss_full/0" in tags and "eval/position_loss_full/1" not in tags
 
 
 def test_the_log_line_names_everything_and_says_na_without_a_peak() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moba_train.config.schema import OptimizerConfig, StageConfig
+from moba_train.config.schema import OptimizerConfig, StageConfig, UntilConfig
 from moba_train.errors import ConfigError
 from moba_train.train.schedule import Place, build_schedule, lr_at
 
@@ -86,6 +86,49 @@ def test_a_stage_that_is_no_whole_number_of_steps_is_refused(stage: StageConfig,
     with pytest.raises(ConfigError) as caught:
         build_schedule((stage,), OptimizerConfig())
     assert caught.value.where == where
+
+
+UNTIL = UntilConfig(loss_plateau=0.01)
+DECIDING = (
+    StageConfig(name="a", tokens=1000, tokens_per_step=100, seq_len=50, until=UNTIL),
+    StageConfig(name="b", tokens=1000, tokens_per_step=200, seq_len=200, lr=0.5, until=UNTIL),
+    StageConfig(name="c", tokens=400, tokens_per_step=100, seq_len=50),
+)
+
+
+def test_stages_move_up_when_the_end_of_one_is_decided() -> None:
+    longest = build_schedule(DECIDING, OptimizerConfig())
+    schedule = longest.with_decided({0: 3})
+    assert (longest.total_steps, longest.total_tokens) == (10 + 5 + 4, 2400)
+    assert (schedule.total_steps, schedule.total_tokens) == (3 + 5 + 4, 1700)
+    assert schedule.place(2) == Place(0, 2, rows=2, is_stage_end=True)
+    assert schedule.place(3) == Place(1, 0, rows=1, is_stage_end=False)
+    assert (schedule.tokens_after(3), schedule.tokens_after(4)) == (300, 500)
+    assert list(schedule.sample_ids(4)) == [1]
+    assert build_schedule(DECIDING, OptimizerConfig(), {0: 3}) == schedule
+    assert longest.with_decided({}) is longest and schedule.with_decided({0: 3}) is schedule
+
+
+def test_a_run_that_is_to_be_evaluated_first_goes_on_in_the_stage_of_its_last_step() -> None:
+    schedule = build_schedule(STAGES, OptimizerConfig())
+    assert [schedule.stage_of_next_step(step) for step in (0, 3, 4, 7)] == [0, 0, 1, 1]
+    assert [schedule.stage_of_next_step(step, evaluated=False) for step in (0, 3, 4, 5, 7)] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("warmup_tokens", [0, 250])
+def test_no_learning_rate_depends_on_a_decision_that_has_not_been_made(warmup_tokens: int) -> None:
+    """The rules of the configuration: "wsd", and a decay within the stages behind the last one that decides."""
+    optimizer = OptimizerConfig(schedule="wsd", decay_tokens=400, warmup_tokens=warmup_tokens)
+    longest = build_schedule(DECIDING, optimizer)
+    rates = [longest.lr(step) for step in range(15)]
+    for first in range(1, 11):
+        assert [longest.with_decided({0: first}).lr(step) for step in range(first)] == rates[:first]
+        known = longest.with_decided({0: first})
+        for second in range(1, 6):
+            both = known.with_decided({0: first, 1: second})
+            done = first + second
+            assert [both.lr(step) for step in range(done)] == [known.lr(step) for step in range(done)]
+            assert both.lr(both.total_steps - 1) == pytest.approx(optimizer.lr * optimizer.min_lr_ratio)
 
 
 def test_a_schedule_without_stages_is_refused() -> None:

@@ -5,7 +5,7 @@ It keeps its state as Megatron ShardedTensors, so that checkpoints of it are rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from moba_train.engine.base import AttentionMode, RowScores, StepResult
 from moba_train.engine.phases import OnPhase, Phase
 from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore
-from moba_train.train.loop import Evaluator, TrainOutcome, train
+from moba_train.train.loop import TrainOutcome, train
 from moba_train.train.metrics import JsonlWriter
 from moba_train.train.progress import Identity, model_fingerprint
 from moba_train.train.record import Meter
@@ -119,6 +119,39 @@ class Lines:
     def phase(self, phase: Phase) -> None:
         pass
 
+    def total_steps(self, steps: int) -> None:
+        self.total = steps
+
+
+Evaluate = Callable[[int, str, bool], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ToyEvaluator:
+    """A function that is asked every `every_steps` steps and at ends of stages."""
+
+    evaluate: Evaluate
+    every_steps: int = 1
+
+    def is_due(self, step: int, is_stage_end: bool) -> bool:
+        return is_stage_end or step % self.every_steps == 0
+
+    def __call__(self, step: int, stage_name: str, is_stage_end: bool) -> Mapping[str, Any]:
+        return self.evaluate(step, stage_name, is_stage_end) if self.is_due(step, is_stage_end) else {}
+
+
+class AskedToStop(Stopping):
+    """A signal is there after so many steps of this process."""
+
+    def __init__(self, signals: StopSignals, steps: int) -> None:
+        super().__init__(signals)
+        self._steps = steps
+
+    def wish(self, save_time_s: float, in_flight_s: float | None = None) -> str:
+        self._steps -= 1
+        self.reason = "SIGTERM" if self._steps == 0 else self.reason
+        return super().wish(save_time_s, in_flight_s)
+
 
 def identity(**changes: Any) -> Identity:
     """The identity of toy runs, with changes."""
@@ -139,6 +172,7 @@ class ToyRun:
     run_dir: Path
     topology: Topology
     stop_after_steps: int = 0
+    signal_after_steps: int = 0
     too_late: str = ""
     resume: str = "auto"
     every_steps: int = 2
@@ -148,16 +182,21 @@ class ToyRun:
     max_bad_steps: int = 2
     poisoned: frozenset[int] = frozenset()
     stages: tuple[StageConfig, ...] = STAGES
-    evaluators: tuple[Evaluator, ...] = ()
+    evaluators: tuple[Evaluate, ...] = ()
+    eval_every_steps: int = 1
+    optimizer: OptimizerConfig = OPTIMIZER
     signals: StopSignals = field(default_factory=StopSignals)
 
     def go(self) -> TrainOutcome:
         """Begin or resume, train, close the files."""
         self.engine, self.log, self.data = ToyEngine(self.topology), Lines(), {}
-        schedule = build_schedule(self.stages, OPTIMIZER)
-        start = begin(self.run_dir, self.resume, self.engine, identity(), schedule)
+        asked, ranks = self.signal_after_steps, self.topology.world_size
+        fixed = build_schedule(self.stages, self.optimizer)
+        start = begin(self.run_dir, self.resume, self.engine, identity(), fixed)
+        schedule = fixed.with_decided(start.progress.decided)
         self.notes = start.notes
-        sink = JsonlWriter(self.run_dir / "metrics.jsonl", resume_step=start.progress.step)
+        path, step = self.run_dir / "metrics.jsonl", start.progress.step
+        sinks = [JsonlWriter(path, resume_step=step)] if self.topology.rank == 0 else []
         store = CheckpointStore(
             self.run_dir,
             identity(),
@@ -173,22 +212,23 @@ class ToyRun:
                     self.engine,
                     schedule=schedule,
                     start=start.progress,
-                    until_step=start.progress.step if self.too_late else schedule.total_steps,
-                    too_late=self.too_late,
+                    until_step=schedule.total_steps,
+                    hindrance=self.too_late,
                     run=RunSection(
                         log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps
                     ),
                     checkpoint=CheckpointConfig(every_steps=self.every_steps, keep_last=self.keep_last),
                     stage_data=lambda index: self.data.setdefault(index, ToyRows(index, self.poisoned)),
-                    evaluators=self.evaluators,
+                    evaluators=[ToyEvaluator(evaluate, self.eval_every_steps) for evaluate in self.evaluators],
                     store=store,
-                    meter=Meter(MODEL, False, 1, 1, torch.device("cpu"), None),
-                    sinks=(sink,),
+                    meter=Meter(MODEL, False, ranks, ranks, torch.device("cpu"), None),
+                    sinks=sinks,
                     log=self.log,
-                    stopping=Stopping(self.signals),
+                    stopping=AskedToStop(self.signals, asked) if asked else Stopping(self.signals),
                 )
         finally:
-            sink.close()
+            for sink in sinks:
+                sink.close()
 
     def asked(self) -> list[tuple[int, int]]:
         """(stage, row) in the order in which this process trained on them."""
