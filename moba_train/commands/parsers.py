@@ -15,6 +15,19 @@ OVERRIDES = (
 )
 
 
+def add_scale(parser: argparse.ArgumentParser) -> None:
+    """`--scale tiny` of plan, preflight and train."""
+    parser.add_argument(
+        "--scale",
+        choices=("tiny",),
+        default="",
+        help="the run in miniature, as a rehearsal: the same stages and code paths with rows of about 1024 tokens, a "
+        "few steps each, on a CPU (on GPUs with --engine.device cuda), with text and random weights that it makes "
+        "itself in the folder `miniature` beside the run folder. Overrides apply to the run first, and the miniature "
+        "is that of the result; its run folder ends in -tiny",
+    )
+
+
 def add_preflight(commands: Commands[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
     """`preflight CONFIG`."""
     preflight = commands.add_parser(
@@ -28,6 +41,7 @@ def add_preflight(commands: Commands[argparse.ArgumentParser], common: argparse.
         epilog=OVERRIDES,
     )
     preflight.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    add_scale(preflight)
     preflight.add_argument("--help-config", action="store_true", help="list every key that can be overridden, and exit")
 
 
