@@ -7,6 +7,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# What PyPI has of torch for Linux is made for CUDA. The CPU build is at PyTorch's own index, asked where it can be reached.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+# `make test-latest` has an environment of its own.
+PYTHON_LATEST ?= python3.12
+VENV_LATEST ?= .venv-latest
+READY_LATEST := $(VENV_LATEST)/.ready
+TORCH_LATEST ?= torch==2.13.0+cpu
+
 # Without an NVIDIA driver the pinned CPU set is installed; with one, pip resolves the ranges of pyproject.toml.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 CONSTRAINTS := $(if $(filter 0,$(GPUS)),-c constraints-cpu.txt,)
@@ -27,7 +36,9 @@ $(READY): pyproject.toml constraints-cpu.txt
 	@echo "Setting up $(VENV) (a minute or two the first time) ..."
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@index=; if [ "$(GPUS)" = 0 ] && $(PYTHON) -c 'from urllib.request import urlopen; urlopen("$(TORCH_INDEX)/", timeout=5)' 2>/dev/null; \
+	then index="--extra-index-url $(TORCH_INDEX)"; fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 .PHONY: setup
@@ -41,11 +52,36 @@ strace:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends strace || true; \
 	fi
 
+# The suite, with the programs of folder $(1). What is timed runs by itself.
+define SUITE
+@$(1)/python -m pytest -m "not slow and not gpu and not parity and not slurm" --ignore tests/kernels/test_speed.py -n 3 --dist loadfile --no-loadscope-reorder
+@$(1)/python -m pytest tests/kernels/test_speed.py
+@TRITON_INTERPRET=1 $(1)/python -m pytest tests/kernels/triton -n 2
+endef
+
 .PHONY: test
 test: $(READY) strace ## Run the test suite (CPU, many-rank tests included)
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not parity and not slurm" --ignore tests/kernels/test_speed.py -n 3 --dist loadfile --no-loadscope-reorder
-	@$(BIN)/python -m pytest tests/kernels/test_speed.py
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton -n 2
+	$(call SUITE,$(BIN))
+
+$(READY_LATEST): pyproject.toml constraints-latest.txt
+	@echo "Setting up $(VENV_LATEST) (a minute or two the first time) ..."
+	@if ! $(PYTHON_LATEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	  echo "$(PYTHON_LATEST) does not run here, or is older than 3.12. Install Python 3.12 (pyenv install 3.12, or uv python install 3.12)," >&2; \
+	  echo "then name it: make test-latest PYTHON_LATEST=/path/to/python3.12" >&2; exit 1; \
+	fi
+	@test -x $(VENV_LATEST)/bin/python || $(PYTHON_LATEST) -m venv $(VENV_LATEST)
+	@if ! $(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) '$(TORCH_LATEST)'; then \
+	  echo "$(TORCH_LATEST) was not found; it is looked for at $(TORCH_INDEX) too. Name a wheel of it:" >&2; \
+	  echo "make test-latest TORCH_LATEST=/path/to/wheel, or take the build that PyPI has: TORCH_LATEST=torch==2.13.0" >&2; \
+	  echo "(on Linux it is made for CUDA and brings 3 GB; the tests run on the CPU all the same)." >&2; exit 1; \
+	fi
+	@$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH_LATEST)'
+	@$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-latest.txt -e .
+	@touch $@
+
+.PHONY: test-latest
+test-latest: $(READY_LATEST) strace ## The same suite with Python 3.12 and the newest megatron-core
+	$(call SUITE,$(VENV_LATEST)/bin)
 
 .PHONY: test-slow
 test-slow: $(READY) ## Run the tests that take minutes
@@ -116,4 +152,4 @@ scaling: $(READY) ## Write docs/scaling.md: bytes, time, balance and memory of a
 
 .PHONY: clean
 clean: ## Remove the virtual environment, prepared data and runs
-	rm -rf $(VENV) data/demo data/smoke data/million runs
+	rm -rf $(VENV) $(VENV_LATEST) data/demo data/smoke data/million runs

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,8 @@ class Nursery:
 def serve() -> None:
     """The nursery's side: fork and wait as told, until the test closes the pipe."""
     from tests.drills import victim
+
+    import_module("tests.preload")
 
     logs: dict[int, tuple[int, str]] = {}
     for line in sys.stdin:

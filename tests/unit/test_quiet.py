@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from moba_train.quiet import ignore_known_advice, quiet_imports
 
@@ -26,6 +29,35 @@ def test_a_logger_has_its_level_back_when_an_import_fails() -> None:
     with pytest.raises(ImportError), quiet_imports():
         raise ImportError
     assert logging.getLogger(TOOLKIT).level == level
+
+
+def test_while_megatron_is_imported_nothing_is_compiled_or_collected_and_then_all_is_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def function() -> None: ...
+
+    compile_function = torch.compile
+    for fails in (False, True):
+        with pytest.raises(ImportError) if fails else nullcontext(), quiet_imports():
+            assert torch.compile(function) is function
+            assert torch.compile(dynamic=True)(function) is function
+            assert not gc.isenabled()
+            if fails:
+                raise ImportError
+        assert torch.compile is compile_function and gc.isenabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with quiet_imports():
+        assert torch.compile is compile_function
+
+
+def test_collection_stays_off_where_it_was_off() -> None:
+    gc.disable()
+    try:
+        with quiet_imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_of_a_logger_that_gives_known_advice_only_the_advice_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
