@@ -337,7 +337,7 @@ def _submit(args: argparse.Namespace, overrides: list[str]) -> int:
     from moba_train.commands.slurm import SlurmJob, run_submit
 
     job = SlurmJob(
-        name=args.job_name or args.config.stem,
+        name=args.job_name or "-".join(filter(None, (args.config.stem, args.scale))),
         partition=args.partition,
         account=args.account,
         nodes=args.nodes,
@@ -351,7 +351,7 @@ def _submit(args: argparse.Namespace, overrides: list[str]) -> int:
         resume=args.resume,
         options=tuple(word for word in overrides if word != "--"),
     )
-    return run_submit(job, dry_run=args.dry_run)
+    return run_submit(job, scale=args.scale, dry_run=args.dry_run)
 
 
 def _niah(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -15,6 +15,7 @@ from moba_kernels.spec import AttentionSpec, MoBA
 from moba_train.config.engine_rules import describe_engine
 from moba_train.config.mesh import describe_mesh, parallel_of_stage
 from moba_train.config.mix_rules import doc_floor
+from moba_train.config.rope_text import describe_rope
 from moba_train.config.schema import RunConfig, StageConfig
 from moba_train.model.plan import attention_plan, count_parameters
 from moba_train.model.transport_plan import KindPlan, format_bytes, format_seconds, transport_plan
@@ -149,12 +150,22 @@ def render_plan(plan: Plan, config: RunConfig, *, width: int = 0) -> str:
         console.print()
         console.print(stages)
         console.print("density: attended / causal pairs, mean over layers, of a row that is one document", markup=False)
-        for line in (*_until_lines(plan), *_mesh_lines(plan), *_transport_lines(plan)):
+        for line in (*_rope_lines(config), *_until_lines(plan), *_mesh_lines(plan), *_transport_lines(plan)):
             console.print(line, markup=False)
         console.print()
         for line in memory_lines(plan.memory, config):
             console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _rope_lines(config: RunConfig) -> list[str]:
+    names = max(len(stage.name) for stage in config.stages)
+    told = [describe_rope(stage.rope) for stage in config.stages]
+    lines = [
+        f"  {stage.name:<{names}}  {'as above' if i > 0 and told[i] == told[i - 1] else told[i]}"
+        for i, stage in enumerate(config.stages)
+    ]
+    return ["", "position embedding (RoPE) of each stage", *lines]
 
 
 def _until_lines(plan: Plan) -> list[str]:

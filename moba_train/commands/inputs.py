@@ -75,11 +75,12 @@ def _length_errors(config: RunConfig, opened: dict[str, IndexedDocuments]) -> li
             if documents is None:
                 continue
             source, lengths = config.data.sources[name], stage.lengths.get(name, SourceLengths())
-            wanted = (name, doc_floor(source, lengths), lengths.long_doc_tokens, lengths.long_share < 1)
+            seq_len = stage.seq_len if source.packing == "whole" else 0
+            wanted = (name, doc_floor(source, lengths), lengths.long_doc_tokens, lengths.long_share < 1, seq_len)
             if wanted not in asked:
                 asked.add(wanted)
                 try:
-                    check_lengths(documents, name, source, lengths, stage_index=index)
+                    check_lengths(documents, name, source, lengths, stage_index=index, seq_len=seq_len)
                 except DataError as error:
                     errors.append(error)
     return errors

@@ -68,10 +68,11 @@ def in_miniature(config: RunConfig, *, make: bool) -> RunConfig:
     Raises:
         ConfigError: as `make_material`.
     """
-    tiny = scaled(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    tiny = scaled(config, world_size)
     validate(tiny)
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(describe_scale(config, tiny)), flush=True)
+        print("\n".join(describe_scale(config, tiny, world_size)), flush=True)
     if make:
         make_material(tiny)
     return tiny

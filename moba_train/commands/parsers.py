@@ -16,7 +16,7 @@ OVERRIDES = (
 
 
 def add_scale(parser: argparse.ArgumentParser) -> None:
-    """`--scale tiny` of plan, preflight and train."""
+    """`--scale tiny` of plan, preflight, train and slurm submit."""
     parser.add_argument(
         "--scale",
         choices=("tiny",),
@@ -81,6 +81,7 @@ def add_slurm(commands: Commands[argparse.ArgumentParser], common: argparse.Argu
         epilog=OVERRIDES,
     )
     submit.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    add_scale(submit)
     submit.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes [1]")
     submit.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs, and ranks, of each node")
     submit.add_argument("--ranks-per-node", type=int, default=0, metavar="R", help="ranks [--gpus-per-node]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moba_train import __version__, last_words
+from moba_train.config.load import decode_toml, read_text
 from moba_train.config.mesh import mesh_key, parallel_of_stage, stages_on_mesh
+from moba_train.config.rope_text import describe_rope
 from moba_train.config.schema import RunConfig
 from moba_train.config.validate import check_rows_per_step, check_world_size
 from moba_train.data.tokenizer import Tokenizer
@@ -111,7 +113,7 @@ def on_mesh_of_next_stage(config: RunConfig, resume: str) -> RunConfig:
         progress = ranks.from_rank_0(lambda: newest_progress(Path(config.run.dir), resume))
     try:
         schedule = build_schedule(config.stages, config.optimizer, progress.decided)
-        index = schedule.stage_of_next_step(progress.step, evaluated=progress.evaluated)
+        index = schedule.stage_of_next_step(progress)
         mesh = parallel_of_stage(config.parallel, config.stages[index])
         where = mesh_key(config.stages, index)
         where += "" if progress.evaluated else f" (step {progress.step} is to be evaluated there before all else)"
@@ -140,7 +142,19 @@ def initial_weights(config: RunConfig, topology: Topology, identity: Identity, *
     assert path is not None
     state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
     check_weights(path, state, identity.model, identity.tokenizer)
-    return InitialWeights(path, topology)
+    remarks = ranks.from_rank_0(lambda: other_positions(config, path, state))
+    return InitialWeights(path, topology, remarks)
+
+
+def other_positions(config: RunConfig, path: Path, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note if the first stage has another position embedding than the weights: an extension, or a mistake that no
+    other check would find."""
+    known = decode_toml(read_text(path / "config.toml"), source=str(path / "config.toml"))
+    before, now = known.stages[state["stage_index"]].rope, config.stages[0].rope
+    if before == now or (before.base == now.base and before.scaling == now.scaling == "none"):
+        return ()
+    told = f"position embedding of stage {config.stages[0].name!r}: {describe_rope(now)}; the weights were trained with"
+    return (f"note: {told} {describe_rope(before)}",)
 
 
 def build_engine(config: RunConfig, topology: Topology, *, fill: InitialWeights | None = None) -> Engine:

@@ -77,6 +77,12 @@ def _print_report(report: PrepReport, options: PrepOptions) -> None:
         )
         if chat.silent:
             console.print(f"left out {chat.silent:,} conversations in which the assistant says nothing", markup=False)
+        if chat.endless:
+            console.print(
+                f"warning: in {chat.endless:,} conversations no answer ends in a special token: from these the model "
+                "does not learn when to stop",
+                markup=False,
+            )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("written", overflow="fold")  # a path is to be read whole
     table.add_column("documents", justify="right")

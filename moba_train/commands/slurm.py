@@ -16,6 +16,7 @@ from pathlib import Path
 
 import moba_train
 from moba_train.config.load import load_config
+from moba_train.config.scale import scaled
 from moba_train.config.validate import check_ranks_of_job
 from moba_train.errors import BackendError, ConfigError
 
@@ -78,11 +79,12 @@ class SlurmJob:
     log: str = LOG
 
 
-def run_submit(job: SlurmJob, *, dry_run: bool) -> int:
+def run_submit(job: SlurmJob, *, scale: str = "", dry_run: bool) -> int:
     """Submit `job` (or, with `dry_run`, print its script); returns the exit code.
 
     Args:
         job: `config`, `options` and what sbatch needs; the rest is found here.
+        scale: "tiny" = the run in miniature, on the nodes of the job.
 
     Raises:
         ConfigError: the configuration or a value of the job does not fit, the ranks do not fill the mesh.
@@ -90,6 +92,9 @@ def run_submit(job: SlurmJob, *, dry_run: bool) -> int:
     """
     _check(job)
     config = load_config(Path(job.config), job.options)
+    if scale:
+        config = scaled(config, job.nodes * job.ranks_per_node)
+        job = replace(job, options=("--scale", scale, *job.options))
     check_ranks_of_job(config, job.nodes * job.ranks_per_node)
     run_dir = Path(config.run.dir).absolute()
     launch = Path(moba_train.__file__).resolve().parents[1] / "launch"

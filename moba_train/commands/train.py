@@ -32,7 +32,7 @@ from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import ConsoleLogger, Log, SilentLog
 from moba_train.train.flops import peak_tflops
-from moba_train.train.loop import TrainOutcome, train
+from moba_train.train.loop import Training, TrainOutcome
 from moba_train.train.manifest import replace_text
 from moba_train.train.metrics import MetricSink, open_sinks
 from moba_train.train.preflight import Report, run_preflight
@@ -84,18 +84,16 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         stopping = Stopping(signals, ends, first_save_s=first_save_s(engine.num_parameters))
         origin = (*start.notes, *(fill.notes if fill else ()))
         greeting = (*checked.lines(), *_greeting(config, engine, schedule, start.progress), *lock_notes, *origin)
-        where = (config, here, schedule, start.progress.step)
-        hindrance = ranks.from_rank_0(stopping.too_late) or _wrong_mesh(*where, evaluated=start.progress.evaluated)
+        where = (config, here, schedule, start.progress)
+        hindrance = ranks.from_rank_0(stopping.too_late) or _wrong_mesh(*where)
         for line in (*greeting, *stopping.announce()):
             log.line(line)
         try:
             with _told_store(config, identity, check_lock, log) as store:
-                outcome = train(
+                training = Training(
                     engine,
                     schedule=schedule,
                     start=start.progress,
-                    until_step=_until_step(*where, evaluated=start.progress.evaluated),
-                    hindrance=hindrance,
                     run=config.run,
                     checkpoint=config.checkpoint,
                     stage_data=_StageRows(config, tokenizer, topology, log),
@@ -106,6 +104,7 @@ def run_train(config: RunConfig, *, resume: str) -> int:
                     log=log,
                     stopping=stopping,
                 )
+                outcome = training.train(_until_step(*where), hindrance=hindrance)
         finally:
             for sink in sinks:
                 with suppress(OSError):  # what a disk has refused is known already
@@ -119,23 +118,20 @@ def run_train(config: RunConfig, *, resume: str) -> int:
     return EXIT_MESH
 
 
-def _until_step(config: RunConfig, here: RunConfig, schedule: Schedule, step: int, *, evaluated: bool = True) -> int:
-    """Where the stages end that run on the mesh of `here`, from finished step `step` on.
-
-    That is `step` itself where this is the wrong mesh.
-    """
-    if _wrong_mesh(config, here, schedule, step, evaluated=evaluated):
-        return step
-    index = schedule.stage_of_next_step(step, evaluated=evaluated)
+def _until_step(config: RunConfig, here: RunConfig, schedule: Schedule, done: Progress) -> int:
+    """Where the stages end that run on the mesh of `here`, from `done` on: there already, if this is the wrong mesh."""
+    if _wrong_mesh(config, here, schedule, done):
+        return done.step
+    index = schedule.stage_of_next_step(done)
     return schedule.first_steps[stages_on_mesh(config.parallel, config.stages, index)]
 
 
-def _wrong_mesh(config: RunConfig, here: RunConfig, schedule: Schedule, step: int, *, evaluated: bool) -> str:
+def _wrong_mesh(config: RunConfig, here: RunConfig, schedule: Schedule, done: Progress) -> str:
     """ "mesh" where the run goes on in a stage of another mesh than that of `here`, else "".
 
     So it is where the newest checkpoint turned out to be damaged. It has been set aside: the next start knows better.
     """
-    stage = config.stages[schedule.stage_of_next_step(step, evaluated=evaluated)]
+    stage = config.stages[schedule.stage_of_next_step(done)]
     return "" if parallel_of_stage(config.parallel, stage) == here.parallel else "mesh"
 
 
@@ -254,7 +250,7 @@ def _farewell(outcome: TrainOutcome, config: RunConfig) -> str:
         return f"next: moba-train eval niah {config.run.dir}; moba-train report {config.run.dir}"
     if outcome.reason == "mesh":
         schedule = build_schedule(config.stages, config.optimizer, outcome.progress.decided)
-        stage = config.stages[schedule.stage_of_next_step(outcome.progress.step)]
+        stage = config.stages[schedule.stage_of_next_step(outcome.progress)]
         mesh = describe_mesh(parallel_of_stage(config.parallel, stage))
         return f"stage '{stage.name}' runs on {mesh}: start again to go on (launch/torchrun.sh does by itself)"
     return f"to go on: the same command with --resume auto (run folder {config.run.dir})"

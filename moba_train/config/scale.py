@@ -36,8 +36,8 @@ from moba_train.config.schema import (
     SourceLengths,
     StageConfig,
     StageMesh,
-    UntilConfig,
 )
+from moba_train.config.until_rules import decides
 
 SCALES: Final = ("tiny",)
 """Values of `--scale`."""
@@ -79,10 +79,11 @@ class MiniaturePaths:
         """Path prefix of prepared conversations of at most `longest` tokens."""
         return str(PurePath(self.root, f"chat-{longest}", name))
 
-    def weights(self, model: ModelConfig) -> str:
-        """Folder of weights for models of this shape, as `moba-train convert from-hf` writes them."""
+    def weights(self, model: ModelConfig, rope: RopeConfig) -> str:
+        """Folder of weights of this shape and position embedding, as `moba-train convert from-hf` writes them."""
         shape = {name: value for name, value in asdict(model).items() if name not in ("preset", "init_from")}
-        return str(PurePath(self.root, f"weights-{hashlib.sha256(repr(shape).encode()).hexdigest()[:8]}"))
+        kind = repr((shape, rope)).encode()
+        return str(PurePath(self.root, f"weights-{hashlib.sha256(kind).hexdigest()[:8]}"))
 
 
 def miniature_paths(run_dir: str) -> MiniaturePaths:
@@ -105,17 +106,16 @@ def scaled(config: RunConfig, world_size: int = 1) -> RunConfig:
         _stage(stage, mesh, factor, world_size, longest) for stage, mesh in zip(config.stages, meshes[1:], strict=True)
     )
     model = _model(config.model, config.stages, pp=max(mesh.pp for mesh in meshes))
-    decides = any(_watches(stage.until) for stage in config.stages)
     return replace(
         config,
-        run=replace(config.run, dir=config.run.dir.rstrip("/") + _SUFFIX, log_every=1),
-        model=replace(model, init_from=paths.weights(model)) if model.init_from else model,
+        run=replace(config.run, dir=_run_dir(config.run.dir), log_every=1),
+        model=replace(model, init_from=paths.weights(model, stages[0].rope)) if model.init_from else model,
         parallel=meshes[0],
         engine=_engine(config.engine),
         optimizer=_optimizer(config.optimizer, config.stages, stages),
         data=_data(config.data, paths, factor, longest),
         stages=stages,
-        eval=_eval(config.eval, min(stage.seq_len for stage in stages), every_step=decides),
+        eval=_eval(config.eval, min(stage.seq_len for stage in stages), every_step=any(map(decides, config.stages))),
         niah=_niah(config.niah, factor),
         checkpoint=replace(config.checkpoint, every_steps=min(config.checkpoint.every_steps, 2), keep_every=0),
     )
@@ -126,17 +126,43 @@ def row_factor(config: RunConfig) -> float:
     return max(1.0, max(stage.seq_len for stage in config.stages) / ROW_TOKENS)
 
 
-def describe_scale(config: RunConfig, tiny: RunConfig) -> list[str]:
+def _run_dir(run_dir: str) -> str:
+    """A folder that is named as one of a miniature stays: a job passes it on to the ranks, which come here again."""
+    return run_dir.rstrip("/").removesuffix(_SUFFIX) + _SUFFIX
+
+
+def describe_scale(config: RunConfig, tiny: RunConfig, world_size: int = 1) -> list[str]:
     """Lines that say what a miniature is, for the reader of a plan or a log."""
     full, model = config.model, tiny.model
+    cut = [
+        f"lengths divided by {row_factor(config):,.4g}",
+        f"{_num_steps(tiny):,} of {_num_steps(config):,} steps",
+        f"{model.num_layers} of {full.num_layers} layers",
+        f"width {model.hidden_size} of {full.hidden_size}",
+        f"vocabulary {model.vocab_size:,} of {full.vocab_size:,}",
+        f"meshes for {world_size} rank(s)",
+    ]
+    for name in ("device", "precision", "offload", "attention_backend"):
+        before, after = getattr(config.engine, name), getattr(tiny.engine, name)
+        cut += [f"{name} {after} for {before}"] if after != before else []
+    fewer = [
+        f"topk {small.topk} for {stage.topk} in {stage.name!r}"
+        for stage, small in zip(config.stages, tiny.stages, strict=True)
+        if small.topk != stage.topk
+    ]
+    topk = "" if fewer else " topk,"
     return [
-        f"MINIATURE of the run (--scale tiny): lengths divided by {row_factor(config):,.4g}, {model.num_layers} of "
-        f"{full.num_layers} layers, width {model.hidden_size} of {full.hidden_size}, random weights, text of Python's "
-        "own library;",
-        f"run folder {tiny.run.dir}, material in {miniature_paths(config.run.dir).root}; stages, attention, topk, full "
-        "layers, RoPE, schedule and rules are those of the run",
+        f"MINIATURE of the run (--scale tiny), run folder {tiny.run.dir}: its losses and speed mean nothing",
+        f"  cut   {', '.join(cut + fewer)}",
+        f"  made  random weights, text of Python's own library, in {miniature_paths(config.run.dir).root}",
+        f"  kept  stages, attention,{topk} full layers, RoPE, mix, learning rates, rules, transports, recompute",
         "",
     ]
+
+
+def _num_steps(config: RunConfig) -> int:
+    """At most, where a rule may end a stage."""
+    return sum(stage.tokens // stage.tokens_per_step for stage in config.stages)
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -221,10 +247,6 @@ def _cut_meshes(meshes: Sequence[ParallelConfig], world_size: int) -> list[Paral
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
-def _watches(until: UntilConfig) -> bool:
-    return until.loss_plateau > 0 or until.trailing_gap > 0
-
-
 def _row_tokens(stage: StageConfig, factor: float) -> int:
     return max(MIN_ROW, round(stage.seq_len / factor))
 
@@ -239,7 +261,7 @@ def _stage(
     dp = world_size // (mesh.tp * mesh.cp * mesh.pp)
     rows = -(-min(_ROWS_PER_STEP, stage.tokens_per_step // stage.seq_len) // dp) * dp
     # It is decided after evaluations + 1 steps at the earliest; one more shows that the stage may end before its end.
-    steps = stage.until.evaluations + 2 if _watches(stage.until) else _STEPS
+    steps = stage.until.evaluations + 2 if decides(stage) else _STEPS
     steps = min(steps, stage.tokens // stage.tokens_per_step)
     own = stage.mesh != StageMesh()
     return replace(

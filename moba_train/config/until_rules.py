@@ -8,18 +8,26 @@ whose length is known. A cosine depends on the length of the whole run from its 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from moba_train.config.rules import at_least
 from moba_train.config.schema import RunConfig, StageConfig, UntilConfig
 from moba_train.errors import ConfigError
 
+RULES: Final = ("loss_plateau", "trailing_gap")
+"""What a stage may watch: fields of `UntilConfig`."""
 _MOST_EVALUATIONS = 1000
 """A checkpoint keeps so many numbers, and one more."""
 
 
+def rule_of(until: UntilConfig) -> str:
+    """What a stage watches: one of `RULES`, or "" for a stage of fixed length."""
+    return next((name for name in RULES if getattr(until, name) > 0), "")
+
+
 def decides(stage: StageConfig) -> bool:
     """The stage may end before its tokens are used up."""
-    return stage.until.loss_plateau > 0 or stage.until.trailing_gap > 0
+    return rule_of(stage.until) != ""
 
 
 def until_errors(config: RunConfig) -> Iterator[ConfigError]:
@@ -35,7 +43,7 @@ def until_errors(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def _numbers(until: UntilConfig, where: str) -> Iterator[ConfigError]:
-    for name in ("loss_plateau", "trailing_gap"):
+    for name in RULES:
         yield from at_least(getattr(until, name), 0, f"{where}.{name}", "0 = not watched")
     if until.loss_plateau > 0 and until.trailing_gap > 0:
         yield ConfigError(
@@ -92,7 +100,9 @@ def _learning_rate(config: RunConfig, last: int) -> Iterator[ConfigError]:
             where="optimizer.schedule",
             got=f'"{optimizer.schedule}", with stages.{last}.until',
             allowed='"wsd": flat until its decay',
-            fix=f'set schedule = "wsd" and decay_tokens to at most {behind}, the tokens behind that stage',
+            fix=f'set schedule = "wsd" and decay_tokens to at most {behind}, the tokens behind that stage'
+            if behind
+            else 'set schedule = "wsd" and decay_tokens = 0, or add a stage of fixed length for the decay',
         )
     elif optimizer.decay_tokens > behind:
         yield ConfigError(
@@ -122,4 +132,4 @@ def _least_tokens(stage: StageConfig, every_steps: int) -> int:
     return min(stage.tokens, (1 + stage.until.evaluations * every_steps) * stage.tokens_per_step)
 
 
-__all__ = ["decides", "until_errors"]
+__all__ = ["RULES", "decides", "rule_of", "until_errors"]

@@ -34,6 +34,7 @@ TODAY: Final = datetime(2024, 7, 26)
 """The day of every conversation: the one that Llama 3.x writes where it is told none."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Stand around what the assistant says while a template with {% generation %} runs: letters that no text may hold."""
+_MAX_PRODUCT: Final = 1_000_000  # letters, items or bits
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")  # names that models have for one thing
 
 
@@ -64,10 +65,12 @@ class EncodedChat:
     Attributes:
         ids: of the rendered text, then the end of the document.
         spans_N2: int64 [N, 2], tokens (start, end) that are the assistant's, rising and apart.
+        stops: at least one of them ends in a special token.
     """
 
     ids: list[int]
     spans_N2: NDArray[np.int64]
+    stops: bool
 
 
 def find_template(tokenizer: HfTokenizer, file: Path | None, *, eod: str = "") -> ChatTemplate | None:
@@ -205,9 +208,10 @@ class ChatEncoder:
             first = max(first, found[-1][1] if found else 0)
             if first < stop:
                 found.append((first, stop))
+        stops = any(self._tokenizer.is_control(ids[stop - 1]) for _, stop in found)
         if not ids or ids[-1] != self._tokenizer.eod_id:
             ids = [*ids, self._tokenizer.eod_id]
-        return EncodedChat(ids, np.array(found, dtype=np.int64).reshape(-1, 2))
+        return EncodedChat(ids, np.array(found, dtype=np.int64).reshape(-1, 2), stops)
 
 
 def _marked_spans(marked: str, text: str) -> list[tuple[int, int]]:
@@ -310,10 +314,32 @@ class _Dict:
         return dict.fromkeys(keys, value)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Without products that no conversation needs: `"x" * 10**10` would be made while the template is compiled."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if _product_size(operator, left, right) > _MAX_PRODUCT:
+            raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _product_size(operator: str, left: object, right: object) -> int:
+    """Letters, items or bits of a product or a power, at most; 0 where neither can grow."""
+    if isinstance(left, int):
+        left, right = (right, left) if isinstance(right, str | list | tuple) else (left, right)
+    if not isinstance(right, int):
+        return 0
+    if isinstance(left, str | list | tuple):
+        return len(left) * right
+    if isinstance(left, int):
+        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    return 0
+
+
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=TODAY.strftime, dict=_Dict(), namespace=_Namespace

@@ -13,6 +13,8 @@ from typing import Any, Final, Protocol
 
 MARK: Final = "\ufdd0"
 """Stands for the words of the assistant: a letter that no text may hold."""
+MAX_MESSAGES: Final = 2_000
+"""The work grows with their square: two minutes for these, with Qwen3's template."""
 _WORDS: Final = ("tool_calls", "reasoning_content", "thinking", "reasoning")  # fields that are said, like the content
 
 
@@ -27,14 +29,20 @@ def assistant_spans(
 ) -> list[tuple[int, int]]:
     """Characters (start, end) of the assistant's words in `text`, the whole conversation rendered; rising and apart.
 
-    A span ends behind the last special token of the turn; if there is none, behind all that belongs to the turn.
+    A span ends behind the last special token of the turn; if there is none, behind all that belongs to the turn. If
+    something else than white space stands behind it, the turn does not end there.
 
     Args:
         specials: how special tokens are spelled.
 
     Raises:
-        ValueError: what an assistant's message adds cannot be told from the rest.
+        ValueError: what an assistant's message adds cannot be told from the rest, or there are too many messages.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(
+            f"it has {len(messages):,} messages: more than {MAX_MESSAGES:,} need a chat template with "
+            "{% generation %} blocks, since without them each part of the conversation is rendered by itself"
+        )
     spans: list[tuple[int, int]] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -60,7 +68,11 @@ def _added(
     through = text if i == len(messages) - 1 else _or_none(render, messages[: i + 1])
     if through is None or not text.startswith(through) or len(through) < len(before):
         return None
-    return len(before), len(before) + _turn_end(through[len(before) :], specials)
+    words = through[len(before) :]
+    end = _last_special(words, specials)
+    if end and words[end:].strip():  # the turn does not end there, or it is another's
+        return None
+    return len(before), len(before) + (end or len(words))
 
 
 def _replaced(
@@ -78,10 +90,10 @@ def _replaced(
     # Of what the template puts behind a last message, the part that it puts behind this one too is its own.
     behind = alone.split(MARK)[1]
     shared = behind[: _same(behind, tail)]
-    length = _turn_end(shared, specials)
-    if not any(special in shared for special in specials) and shared != behind:
+    end = _last_special(shared, specials)
+    if _has_letters(behind, specials) if end else shared != behind:
         return None
-    return len(head), len(text) - len(tail) + length
+    return len(head), len(text) - len(tail) + (end or len(shared))
 
 
 def _same(left: str, right: str) -> int:
@@ -90,10 +102,16 @@ def _same(left: str, right: str) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def _turn_end(words: str, specials: Sequence[str]) -> int:
-    """Length of the words through their last special token; all of it, if there is none."""
-    ends = [words.rfind(special) + len(special) for special in specials if special in words]
-    return max(ends, default=len(words))
+def _last_special(words: str, specials: Sequence[str]) -> int:
+    """Where the last special token ends; 0, if there is none."""
+    return max((words.rfind(special) + len(special) for special in specials if special in words), default=0)
+
+
+def _has_letters(words: str, specials: Sequence[str]) -> bool:
+    """Is there more than special tokens and white space?"""
+    for special in specials:
+        words = words.replace(special, "")
+    return bool(words.strip())
 
 
 def _or_none(render: Render, part: Sequence[Mapping[str, Any]], prompt: bool = False) -> str | None:

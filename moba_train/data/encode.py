@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from moba_train.data.chat import ChatEncoder, ChatTemplate
 from moba_train.data.records import Document, document_hash, size_letters
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.data.tokenizer_hf import HfTokenizer
+from moba_train.errors import BackendError
 
 BATCH_KIB = 256
 """Text handed to a process at a time."""
@@ -55,6 +57,7 @@ class Batch:
         spans: of each conversation, by its place in the batch: int64 [n, 2], tokens (start, end) that are the
             assistant's.
         broken: of each conversation that cannot be used: where it is and why.
+        endless: conversations in which nothing that the assistant says ends in a special token.
     """
 
     held_out: tuple[bool, ...]
@@ -62,6 +65,7 @@ class Batch:
     lengths: tuple[int, ...]
     spans: dict[int, NDArray[np.int64]]
     broken: tuple[tuple[str, str], ...]
+    endless: int
 
 
 def in_batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -78,7 +82,11 @@ def in_batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def encoded(batches: Iterable[list[Document]], coding: Coding, tokenizer: Tokenizer, workers: int) -> Iterator[Batch]:
-    """Encoded batches in the order of the documents, at most a few batches ahead of the reader."""
+    """Encoded batches in the order of the documents, at most a few batches ahead of the reader.
+
+    Raises:
+        BackendError: something outside killed one of the processes.
+    """
     if workers == 1:
         for batch in batches:
             yield _encode_batch(batch, coding, tokenizer)
@@ -86,12 +94,19 @@ def encoded(batches: Iterable[list[Document]], coding: Coding, tokenizer: Tokeni
     pending: deque[Future[Batch]] = deque()
     # spawn: a forked child would inherit the threads of whatever is loaded here.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for batch in batches:
-            pending.append(pool.submit(_encode_batch_elsewhere, batch, coding, str(tokenizer.path)))
-            if len(pending) > 3 * workers:
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_encode_batch_elsewhere, batch, coding, str(tokenizer.path)))
+                if len(pending) > 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise BackendError(
+                "a process that encodes was killed",
+                where=f"--workers {workers}",
+                fix="If the kernel did it for want of memory (dmesg says so), take fewer --workers.",
+            ) from error
 
 
 def _encode_batch(documents: list[Document], coding: Coding, tokenizer: Tokenizer) -> Batch:
@@ -100,6 +115,7 @@ def _encode_batch(documents: list[Document], coding: Coding, tokenizer: Tokenize
     framed: list[list[int]] = []
     spans: dict[int, NDArray[np.int64]] = {}
     broken: list[tuple[str, str]] = []
+    endless = 0
     for place, document in enumerate(documents):
         if isinstance(document, str):
             framed.append([*coding.around.before, *next(texts), *coding.around.after])
@@ -113,8 +129,9 @@ def _encode_batch(documents: list[Document], coding: Coding, tokenizer: Tokenize
             continue
         spans[place] = chat.spans_N2
         framed.append(chat.ids if len(chat.spans_N2) else [])
+        endless += len(chat.spans_N2) > 0 and not chat.stops
     ids = np.fromiter((token for ids in framed for token in ids), dtype=np.int32)
-    return Batch(held_out, ids, tuple(len(ids) for ids in framed), spans, tuple(broken))
+    return Batch(held_out, ids, tuple(len(ids) for ids in framed), spans, tuple(broken), endless)
 
 
 def _encode_batch_elsewhere(documents: list[Document], coding: Coding, tokenizer_path: str) -> Batch:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moba_train.data.records import MAX_RECORD_MIB
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -65,11 +67,21 @@ def _columns(schema: pyarrow.Schema, num_rows: int) -> list[str]:
 
 def _row(batch: pyarrow.RecordBatch, i: int) -> dict[str, Any] | ValueError:
     try:
+        for column in batch.columns:
+            _check_size(column, i)
         return {
             name: _without_nulls(batch.column(name)[i].as_py(maps_as_pydicts="strict")) for name in batch.schema.names
         }
     except (ValueError, KeyError) as error:  # a string that is not UTF-8; a map with the same key twice
         return ValueError(str(error))
+
+
+def _check_size(column: pyarrow.Array, i: int) -> None:
+    from pyarrow import types
+
+    # A dictionary counts whole in each of its rows. Of a list, Python makes ten times as much.
+    if not types.is_dictionary(column.type) and column.slice(i, 1).nbytes > MAX_RECORD_MIB * 2**20:
+        raise ValueError(f"longer than {MAX_RECORD_MIB} MiB")
 
 
 def _is_text(kind: pyarrow.DataType | None) -> bool:

@@ -87,12 +87,14 @@ class ChatCounts:
         tokens: theirs.
         loss_tokens: those of them that are the assistant's.
         silent: conversations that were left out because the assistant says nothing in them.
+        endless: those of the documents in which nothing that the assistant says ends in a special token.
     """
 
     documents: int
     tokens: int
     loss_tokens: int
     silent: int
+    endless: int = 0  # as in folders from before it was counted
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,12 @@ def prepare(options: PrepOptions) -> PrepReport:
             skip_bad=options.skip_bad,
         )
         tokenizer = _make_tokenizer(options, found, taken)
-        stats, pairs, silent = _encode(options, files, found, tokenizer, gate, progress)
+        stats, pairs, chat = _encode(options, files, found, tokenizer, gate, progress)
         documents = {name: pair.writer.num_documents for name, pair in pairs.items()}
         tokens = {name: pair.writer.num_tokens for name, pair in pairs.items()}
         for length, count in sorted(options.needles.items()):
             name = f"needle_{length}"
             documents[name], tokens[name] = _write_needles(options, tokenizer, length, count, progress)
-    chat = _chat_counts(pairs, silent)
     name = tokenizer.path.name
     report = PrepReport(False, stats, name, tokenizer.vocab_size, tokenizer.fingerprint, documents, tokens, chat)
     if chat is not None and template is not None:
@@ -302,9 +303,9 @@ def _encode(
     tokenizer: Tokenizer,
     gate: ChatGate,
     progress: Progress,
-) -> tuple[ReadStats, dict[str, PairWriter], int]:
-    """Second pass: write train and valid; returns what was read, the pairs, and how many conversations are silent."""
-    stats, silent, refused, first_refused = ReadStats(), 0, 0, ""
+) -> tuple[ReadStats, dict[str, PairWriter], ChatCounts | None]:
+    """Second pass: write train and valid; returns what was read, the pairs, and what there is of conversations."""
+    stats, silent, endless, refused, first_refused = ReadStats(), 0, 0, 0, ""
     task = progress.add_task("encoding", total=expected_bytes(files, options.max_mib))
     documents = read_documents(files, skip_bad=options.skip_bad, max_mib=options.max_mib, stats=stats)
     with ExitStack() as stack:
@@ -325,6 +326,7 @@ def _encode(
             refused += len(batch.broken)
             first_refused = first_refused or next((f"{where}: {why}" for where, why in batch.broken), "")
             silent += _add_batch(batch, pairs)
+            endless += batch.endless
             progress.update(task, completed=stats.num_bytes)
         if options.join:
             for pair in pairs.values():
@@ -334,7 +336,7 @@ def _encode(
     stats.documents -= refused
     stats.bad += refused
     stats.first_bad = stats.first_bad or first_refused
-    return stats, pairs, silent
+    return stats, pairs, _chat_counts(pairs, silent, endless)
 
 
 def _add_batch(batch: Batch, pairs: dict[str, PairWriter]) -> int:
@@ -351,14 +353,14 @@ def _add_batch(batch: Batch, pairs: dict[str, PairWriter]) -> int:
     return sum(not len(spans_N2) for spans_N2 in batch.spans.values())
 
 
-def _chat_counts(pairs: dict[str, PairWriter], silent: int) -> ChatCounts | None:
+def _chat_counts(pairs: dict[str, PairWriter], silent: int, endless: int) -> ChatCounts | None:
     documents = sum(pair.conversations for pair in pairs.values())
     if not documents and not silent:
         return None
     tokens, loss = (
         sum(counts) for counts in zip(*((pair.chat_tokens, pair.loss_tokens) for pair in pairs.values()), strict=True)
     )
-    return ChatCounts(documents, tokens, loss, silent)
+    return ChatCounts(documents, tokens, loss, silent, endless)
 
 
 # ------------------------------------------------------------------------------------------------------------- needles

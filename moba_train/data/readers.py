@@ -14,10 +14,11 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from moba_train.data.compressed import DAMAGE, open_bytes
 from moba_train.data.parquet import ParquetError, parquet_rows
-from moba_train.data.records import Document, document_of, size_bytes
+from moba_train.data.records import MAX_RECORD_MIB, Document, document_of, size_bytes
 from moba_train.errors import DataError
 
 STDLIB = "stdlib"
@@ -164,8 +165,8 @@ def _json_lines(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[
     line_number = 0
     try:
         with open_bytes(file.path) as stream:
-            for line_number, line in enumerate(stream, start=1):
-                if not line.strip():
+            for line_number, line in enumerate(_lines(stream), start=1):
+                if line is not None and not line.strip():
                     continue
                 where = f"{file.name}, line {line_number}"
                 try:
@@ -197,7 +198,21 @@ def _rows(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[Docume
         _bad(where, str(error), skip_bad, stats, records=error.rows)
 
 
-def _json_of(line: bytes) -> object:
+def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
+    """Lines; None in place of one that is too long: a packed file of a few KiB may hold one of many GiB."""
+    limit = MAX_RECORD_MIB * 2**20
+    while line := stream.readline(limit + 1):
+        if len(line) <= limit:
+            yield line
+            continue
+        yield None
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(1 << 20)
+
+
+def _json_of(line: bytes | None) -> object:
+    if line is None:
+        raise ValueError(f"longer than {MAX_RECORD_MIB} MiB")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any, Final
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 """Of messages."""
+MAX_RECORD_MIB: Final = 256
+"""Of one record of a file, unpacked."""
+_MAX_DEPTH: Final = 100  # of objects and lists in one another
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def _conversation(messages: list[object], tools: object, where: str) -> Conversa
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError('"tools" is not a list of objects')
     described = None if tools is None else tuple(tools)
+    _check_depth((kept, described), _MAX_DEPTH)
     try:
         tree = {"messages": kept, "tools": described}
         canonical = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True)
@@ -103,6 +107,16 @@ def _message(message: object, index: int) -> dict[str, Any]:
         found = "there is none" if content is None else f"it is of type {type(content).__name__}"
         raise ValueError(f"messages[{index}]: content must be a string, {found}")
     return kept
+
+
+def _check_depth(tree: object, left: int) -> None:
+    if left < 0:
+        raise ValueError(f"objects and lists lie more than {_MAX_DEPTH} deep in one another")
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    if isinstance(tree, list | tuple | ValuesView):
+        for item in tree:
+            _check_depth(item, left - 1)
 
 
 def _check_letters(text: str) -> None:

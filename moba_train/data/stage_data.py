@@ -198,17 +198,35 @@ class _Part:
 
 
 def check_lengths(
-    documents: IndexedDocuments, name: str, source: SourceConfig, lengths: SourceLengths, *, stage_index: int
+    documents: IndexedDocuments,
+    name: str,
+    source: SourceConfig,
+    lengths: SourceLengths,
+    *,
+    stage_index: int,
+    seq_len: int,
 ) -> None:
     """Has the source `name` documents of the lengths that a stage wants? Reads all sizes where it does not take any.
 
+    Args:
+        seq_len: of the stage; no whole document may be longer.
+
     Raises:
-        DataError: there are none; says how many documents there are, and how long.
+        DataError: there are none, or one is too long; says how many documents there are, and how long.
     """
-    floor, long = doc_floor(source, lengths), lengths.long_doc_tokens
-    if floor > 1 or long:
-        counts = split_by_length(documents.num_documents, documents.sizes, floor=floor, long_doc_tokens=long)
-        _require_lengths(counts, documents, floor, lengths, name, stage_index)
+    floor, long, is_whole = doc_floor(source, lengths), lengths.long_doc_tokens, source.packing == "whole"
+    if not (floor > 1 or long or is_whole):
+        return
+    counts = split_by_length(documents.num_documents, documents.sizes, floor=floor, long_doc_tokens=long)
+    _require_lengths(counts, documents, floor, lengths, name, stage_index)
+    if is_whole and counts.longest > seq_len:
+        raise DataError(
+            "a document is longer than a row, and this source packs whole documents",
+            where=f"stages.{stage_index}.seq_len, data.sources.{name} ({documents.prefix})",
+            got=f"{documents.num_documents:,} documents, the longest of {counts.longest:,} tokens",
+            allowed=f"<= seq_len = {seq_len:,}",
+            fix='raise the stage\'s seq_len, prepare shorter documents, or set packing = "split"',
+        )
 
 
 def _require_lengths(

@@ -45,7 +45,7 @@ class ValidRows:
                 where=f"data.valid = {valid.path}",
                 got=f"{int(sizes.sum())} tokens in documents of at least {valid.min_doc_tokens}",
                 allowed=f">= seq_len = {seq_len}",
-                fix="prepare more held-out text (`moba-train prep --held-out`)",
+                fix="prepare more held-out text (`moba-train prep --held-out`), or lower data.valid.min_doc_tokens",
             )
         self._starts = build_row_starts(self._stream, packing="split", seq_len=seq_len, num_rows=self._num_rows).starts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,16 @@ def _stages(run: RunData) -> list[str]:
     watched = until_rows(run)
     if not watched:
         return parts
-    picture = page.picture(plots.plot_metric(run, "until/value", "nats per token"), "what stages watch over the steps")
+    pictures = []
+    for stage in run.stages:  # each on a scale of its own: a loss and a gap have nothing in common
+        alone, caption = replace(run, steps=stage.steps, stages=(stage,)), f"What stage {stage.name} watches"
+        content = plots.plot_metric(alone, "until/value", "nats per token")
+        pictures.append(page.picture(content, caption, caption=caption))
     note = (
         "A stage with `until` ends at the evaluation after which the number it watches has not fallen enough; a strong "
         "line marks where that was decided, here and in every chart."
     )
-    return [*parts, page.paragraph(note), page.table(UNTIL_HEADER, watched, text_columns=2), picture]
+    return [*parts, page.paragraph(note), page.table(UNTIL_HEADER, watched, text_columns=2), _pair(*pictures)]
 
 
 def _loss(run: RunData) -> list[str]:
@@ -217,7 +222,7 @@ def _missing(run: RunData, sections: Mapping[str, list[str]]) -> list[str]:
         "routing": "No routing was recorded: every layer ran full attention, or no log step has passed.",
     }
     notes = [*run.missing, *(text for name, text in absent.items() if not sections[name])]
-    bad = sum(1 for step in run.steps if number(step, "train/loss") is None)
+    bad = sum(1 for step in run.steps if "train/loss" in step and number(step, "train/loss") is None)
     if bad:
         notes.append(f"{bad} of {len(run.steps)} steps have no finite loss; they are left out of the pictures.")
     return notes

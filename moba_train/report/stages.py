@@ -56,7 +56,11 @@ def until_rows(run: RunData) -> list[tuple[str, ...]]:
         if value is None:
             continue
         most: Any = stage.settings.get("tokens", UNKNOWN)
-        ended = "at its greatest length" if stage is not run.stages[-1] else "not yet"
+        # The end of a stage is always saved: where the run stands there, its last stage is over too.
+        is_over = stage is not run.stages[-1] or (
+            run.state.get("stage_end") is True and run.state.get("step") == stage.last_step
+        )
+        ended = "at its greatest length" if is_over else "not yet"
         ended = f"by decision, step {stage.last_step}" if stage.decided else ended
         most = f"{most:,}" if isinstance(most, int) else UNKNOWN
         rows.append((stage.name, _until_text(stage), fixed(value, 4), fixed(fall, 4), ended, most))

@@ -1,4 +1,8 @@
-"""The policy for steps whose loss or gradient norm is not finite: skip them, count them, and give up in time."""
+"""The policy for steps whose loss or gradient norm is not finite: skip them, count them, and give up in time.
+
+A step in which no token counts has no loss either (a long question whose answer lies in another row). It is skipped and
+told, but it is no sign that training diverges, so it does not count.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +46,16 @@ class BadSteps:
         is_bad = "train/bad" in record
         self.total += is_bad
         record["train/bad_steps"] = self.total
+        step, rows = record["step"], f"{sample_ids.start}..{sample_ids.stop - 1}"
+        if "train/empty" in record:
+            return (
+                f"step {step} skipped on all ranks, since none of its tokens counts in the loss; stage "
+                f"{record['stage']!r}, rows (sample ids) {rows}: take more rows a step, or longer ones",
+            )
         if not is_bad:
             self.in_a_row, self.seen = 0, ()
             return ()
         self.in_a_row += 1
-        step, rows = record["step"], f"{sample_ids.start}..{sample_ids.stop - 1}"
         self.seen += (f"step {step}: rows {rows} of stage {record['stage']!r}",)
         numbers = (("loss", record["train/loss"]), ("gradient norm", record["train/grad_norm"]))
         broken = [f"{name} {str(value).upper()}" for name, value in numbers if not math.isfinite(value)]

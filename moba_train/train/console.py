@@ -166,6 +166,8 @@ def format_step(record: Record, *, total_steps: int, mean_step_s: float, remaini
     ]
     if "train/bad" in record:
         parts.append("NOT FINITE, step skipped")
+    if "train/empty" in record:
+        parts.append("no token counts, step skipped")
     scores = format_evaluation(record)
     return " | ".join(parts) + (f"\n  {scores}" if scores else "")
 

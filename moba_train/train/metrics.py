@@ -118,11 +118,16 @@ class JsonlWriter:
         self._stream.flush()
 
     def amend(self, record: Record) -> None:
-        """Complete the last line, if it is that of the step; where it was lost, `record` stands for it."""
+        """Complete the last line, if it is that of the step; where it was lost, `record` stands for it.
+
+        An earlier process may have done so, and died before the next checkpoint: what it said was evaluated and decided
+        goes, since on other ranks, or by another rule, it may not be so any more.
+        """
         lines = self._path.read_text("utf-8").splitlines(keepends=True)
         known = json.loads(lines[-1]) if lines else {}
         if known.get("step") == record["step"]:
             lines.pop()
+            known = {key: value for key, value in known.items() if not key.startswith(("eval/", "until/"))}
         else:
             known = {}
         line = json.dumps(known | json.loads(to_json_line(record))) + "\n"
@@ -180,7 +185,7 @@ def _series(key: str, value: Any) -> list[tuple[str, float]]:
 def to_json_line(record: Record) -> str:
     """One line of metrics.jsonl: floats in full precision, values that are not finite as null."""
     clean = {key: _finite(value) for key, value in record.items()}
-    if any(clean[key] != record[key] for key in record):
+    if "train/empty" not in record and any(clean[key] != record[key] for key in record):
         clean["train/bad"] = True
     return json.dumps(clean, allow_nan=False) + "\n"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moba_train.config.schema import ModelConfig, StageConfig
+from moba_train.config.until_rules import RULES
 from moba_train.errors import CheckpointError
 
 _COUNTS = ("step", "stage_index", "step_in_stage", "tokens", "bad_steps", "bad_steps_total")
@@ -121,7 +122,7 @@ def wrong_fields(state: Mapping[str, Any]) -> list[str]:
     wrong = [name for name in _COUNTS if not is_count(state[name])]
     if type(state["evaluated"]) is not bool:
         wrong.append("evaluated")
-    if state["watched"] not in ("", "loss_plateau", "trailing_gap"):
+    if state["watched"] not in ("", *RULES):
         wrong.append("watched")
     values, decided = state["watched_values"], state["decided"]
     if not isinstance(values, (list, tuple)) or not all(

@@ -107,7 +107,7 @@ def step_record(
         "memory/peak_gib": result.peak_memory_gib,
     }
     if result.skipped:
-        record["train/bad"] = True
+        record["train/bad" if result.num_loss_tokens else "train/empty"] = True
     record |= {f"memory/{name}_gib": value for name, value in result.memory.items()}
     record |= {f"comm/{name}": value for name, value in result.comm.items()}
     return record | {f"moba/{name}": value for name, value in result.routing.items()}

@@ -9,10 +9,11 @@ PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moba_train.config.until_rules import rule_of
 from moba_train.engine.base import Engine
 from moba_train.errors import CheckpointError
 from moba_train.parallel import ranks
@@ -35,7 +36,6 @@ from moba_train.train.run_folder import (
     step_of,
 )
 from moba_train.train.schedule import Schedule
-from moba_train.train.until import rule_of
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,16 @@ def resolve_checkpoint(path: Path, *, argument: str = "RUN_OR_CHECKPOINT") -> St
     return _named(path, argument)
 
 
+def locate_checkpoint(path: Path, *, argument: str) -> Path:
+    """What `resolve_checkpoint` would look at first: whether its files are whole is not asked. Not collective.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = _look_at(path, argument)
+    return path if found is None else found.checkpoints[-1]
+
+
 def newest_step(run_dir: Path, resume: str) -> int:
     """Finished steps of the newest checkpoint that `--resume` may come to stand for (`newest_progress`)."""
     return newest_progress(run_dir, resume).step
@@ -186,6 +196,7 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
     stage = schedule.stages[min(saved.stage_index, len(schedule.stages) - 1)]
     if saved.watched and saved.watched != rule_of(stage.until) and saved.stage_index not in saved.decided:
         notes.append(f"stage '{stage.name}' does not watch {saved.watched} any more: its numbers so far do not count")
+        saved = replace(saved, watched="", watched_values=())
     return StartingPoint(path, tuple(notes), saved)
 
 

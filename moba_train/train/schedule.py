@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from moba_train.config.schema import OptimizerConfig, StageConfig
 from moba_train.config.until_rules import decides
 from moba_train.errors import ConfigError
+from moba_train.train.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,10 @@ class Schedule:
                 )
         raise IndexError(f"step {step} is outside the run of {self.total_steps} steps")
 
-    def stage_of_next_step(self, step: int, *, evaluated: bool = True) -> int:
-        """Index of the stage in which a run goes on after `step` finished steps; the last one where none is left.
-
-        Args:
-            evaluated: False = the evaluation of the last step is still to come, which takes place in its stage.
-        """
-        following = step if evaluated or step == 0 else step - 1
+    def stage_of_next_step(self, done: Progress) -> int:
+        """Index of the stage in which a run goes on: that of the next step (the last one where none is left), or of an
+        evaluation that is still to come, which takes place in the stage of its step."""
+        following = done.step if done.evaluated or done.step == 0 else done.step - 1
         return self.place(min(following, self.total_steps - 1)).stage_index
 
     def tokens_after(self, step: int) -> int:

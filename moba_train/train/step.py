@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from moba_train.config.schema import StageConfig
+from moba_train.config.until_rules import decides
 from moba_train.data.row import Row
 from moba_train.data.sampler import rows_of_step
 from moba_train.engine.base import Engine, StepResult
@@ -17,7 +18,7 @@ from moba_train.train.console import Log
 from moba_train.train.progress import Progress
 from moba_train.train.record import Meter, Wishes, step_record
 from moba_train.train.schedule import Schedule
-from moba_train.train.until import decide, rule_of
+from moba_train.train.until import decide, describe_rule
 
 # Rows that are looked at to learn how long a stage's documents are.
 TYPICAL_ROWS = 8
@@ -104,7 +105,9 @@ def begin_stage(engine: Engine, schedule: Schedule, step: int, data: RowSource, 
     # The documents decide on transports, which move nothing where a row is not shared.
     documents = typical_documents(data, schedule.stages[index]) if engine.topology.cp > 1 else ()
     notes = engine.set_stage(index, documents=documents)
-    for line in (describe_stage(schedule, step), *notes):
+    stage = schedule.stages[index]
+    rule = (f"stage '{stage.name}' {describe_rule(stage.until)}",) if decides(stage) else ()
+    for line in (describe_stage(schedule, step), *rule, *notes):
         log.line(line)
 
 
@@ -129,7 +132,7 @@ def evaluate_step(engine: Engine, evaluators: Sequence[Evaluator], schedule: Sch
         engine.topology.watch.begin(f"evaluation after step {done.step}", limit="step")
         numbers = evaluate(done.step, stage.name, is_end)
         record |= numbers
-        if numbers and rule_of(stage.until):
+        if numbers and decides(stage):
             decision = ranks.from_rank_0(partial(decide, stage, done, numbers, is_end=is_end))
             done = decision.progress
             record |= decision.record

@@ -84,12 +84,12 @@ class Stopping:
         """
         self._step_ended_s = self._clock()
         self._steps_s.append(self._step_ended_s - self._step_began_s)
-        self.reason = self.reason or self._signals.requested or self._deadline_is_near(save_time_s, in_flight_s)
-        return self.reason
+        return self.wish_now(save_time_s, in_flight_s)
 
-    def signalled(self) -> str:
-        """Why this rank wishes to stop after an evaluation, or "": a signal; deadlines have reckoned with it."""
-        self.reason = self.reason or self._signals.requested
+    def wish_now(self, save_time_s: float, in_flight_s: float | None = None) -> str:
+        """The same after an evaluation: the first one of a process may take longer than anything that was reckoned
+        with, and one that was put off comes before any step."""
+        self.reason = self.reason or self._signals.requested or self._deadline_is_near(save_time_s, in_flight_s)
         return self.reason
 
     def step_done(self) -> None:
@@ -133,8 +133,8 @@ class Stopping:
     def _deadline_is_near(self, save_time_s: float, in_flight_s: float | None) -> str:
         if self._deadline is None:
             return ""
-        left_s = self._deadline.at_s - self._step_ended_s
-        step_s = max(self._steps_s) + self._longest_rest_s
+        left_s = self._deadline.at_s - self._clock()
+        step_s = max(self._steps_s, default=0.0) + self._longest_rest_s
         save_s, what = (save_time_s, "a save") if save_time_s > 0 else (self._first_save_s, "a save perhaps")
         before_s, told = 0.0, ""
         if in_flight_s is not None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from moba_train.config.schema import StageConfig, UntilConfig
+from moba_train.config.until_rules import rule_of
 from moba_train.errors import DataError
 from moba_train.train.progress import Progress
 
@@ -39,11 +40,6 @@ class Decision:
     progress: Progress
     record: dict[str, float]
     lines: tuple[str, ...] = ()
-
-
-def rule_of(until: UntilConfig) -> str:
-    """What a stage watches: "loss_plateau", "trailing_gap", or "" for a stage of fixed length."""
-    return next((name for name in _TITLES if getattr(until, name) > 0), "")
 
 
 def describe_rule(until: UntilConfig) -> str:
@@ -113,17 +109,17 @@ def decide(stage: StageConfig, progress: Progress, evaluated: Mapping[str, Any],
     values = progress.watched_values if progress.watched == rule else ()
     if not math.isfinite(value):
         line = f"WARNING: the {_TITLES[rule]} of stage '{stage.name}' is {value}: it does not count"
-        return Decision(progress, record, (line, *_told_end(stage, progress, "", is_end=is_end)))
+        return Decision(progress, record, (line, *_told_end(stage, "", is_end=is_end)))
     fall = fall_of((*values, value), until.evaluations)
     values = kept((*values, value), until.evaluations)
     progress = replace(progress, watched=rule, watched_values=values)
     if fall is None:
         told = f"{len(values)} of the {until.evaluations + 1} evaluations were made that it takes"
-        return Decision(progress, record, _told_end(stage, progress, told, is_end=is_end))
+        return Decision(progress, record, _told_end(stage, told, is_end=is_end))
     record["until/fall"] = fall
     told = _told_fall(until, values, fall)
     if not fall < getattr(until, rule):
-        return Decision(progress, record, _told_end(stage, progress, told, is_end=is_end))
+        return Decision(progress, record, _told_end(stage, told, is_end=is_end))
     record["until/decided"] = 1.0
     steps = progress.step_in_stage
     length = f"{steps * stage.tokens_per_step:,} of at most {stage.tokens:,} tokens"
@@ -145,7 +141,7 @@ def _last(until: UntilConfig) -> str:
     return "last evaluation" if until.evaluations == 1 else f"last {until.evaluations} evaluations"
 
 
-def _told_end(stage: StageConfig, progress: Progress, told: str, *, is_end: bool) -> tuple[str, ...]:
+def _told_end(stage: StageConfig, told: str, *, is_end: bool) -> tuple[str, ...]:
     """The line of a stage that ends at its greatest length."""
     line = f"stage '{stage.name}' ends at its greatest length, {stage.tokens:,} tokens, undecided"
     return (f"{line}: {told}" if told else line,) if is_end else ()

@@ -216,15 +216,17 @@ class InitialWeights:
     Attributes:
         path: checkpoint folder.
         topology: of the ranks that hold the model.
+        remarks: more lines for the log.
     """
 
     path: Path
     topology: Topology
+    remarks: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines for the log."""
-        return (f"initial weights: {self.path}",)
+        return f"initial weights: {self.path}", *self.remarks
 
     def __call__(self, gpt: Gpt) -> None:
         with megatron_cpu.cuda_calls_on_cpu():

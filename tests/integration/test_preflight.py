@@ -3,6 +3,7 @@ that it prints are those that the engine was given."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from moba_train.train import preflight, preflight_facts
 from moba_train.train.preflight import PreflightFailed, run_preflight
 from moba_train.train.preflight_rules import needs_of
 from moba_train.train.run_folder import list_checkpoints
+from moba_train.train.weights import weights_state
 from tests.distributed import run_ranks
 
 STEPS = {1: "moba", 2: "moba", 3: "whole", 4: "whole"}
@@ -253,6 +255,23 @@ def test_data_of_another_vocabulary_is_a_row_of_the_table(workspace: Path, capsy
     err = capsys.readouterr().err
     assert err.startswith("moba-train: error: 1 of 9 preflight checks failed\n")
     assert re.search(r"^data: the data holds ids that .*data\.sources\.text\.path", err, re.MULTILINE), err
+
+
+def test_weights_to_begin_with_that_are_missing_or_of_another_model_are_rows_of_the_table(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["preflight", str(workspace / "c.toml"), "--run-dir", str(workspace / "none"), "--model.init-from"]
+    assert cli.main([*words, str(workspace / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    weights = workspace / "weights"
+    weights.mkdir()
+    model = load_config(workspace / "c.toml", []).model
+    (weights / "state.json").write_text(json.dumps(weights_state(replace(model, num_layers=7), [], {})))
+    assert cli.main([*words, str(weights)]) == 2
+    err = capsys.readouterr().err
+    assert "data: the weights belong to" in err and "model.num_layers = 2 in this" in err, err
+    (weights / "state.json").write_text(json.dumps(weights_state(model, [], {})))
+    assert cli.main([*words, str(weights)]) == 0
 
 
 def test_a_run_of_one_process_fails_its_preflight_before_weights_are_built(

@@ -250,6 +250,16 @@ def test_the_page_on_extending_a_llama_leaves_what_it_promises(rehearsal: Rehear
     assert shown[0] == str(last.seq_len) and "def read(path):" in "".join(shown[1:])
 
 
+def test_a_run_that_begins_with_other_positions_than_its_weights_says_so(rehearsal: Rehearsal) -> None:
+    from moba_train.commands.parts import other_positions
+
+    weights = rehearsal.folder / "weights/llama-3.1-8b"  # those of the miniature: they know 8 tokens
+    (note,) = other_positions(recipe("llama_8b_1m"), weights, {"stage_index": 0})
+    assert "stage '128k': base 500,000, llama3 scaling, factor 8 from 8,192 tokens; " in note
+    assert note.endswith("trained with base 500,000, llama3 scaling, factor 8 from 8 tokens")
+    assert not [name for name in RECIPES if "position embedding" in rehearsal.told[train(name)].out]
+
+
 def test_a_folder_that_is_no_miniature_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     theirs = tmp_path / "runs/miniature/thesis.tex"

@@ -29,7 +29,7 @@ from moba_train.errors import CheckpointError
 from moba_train.parallel.topology import close_topology
 from moba_train.train.checkpoint import CheckpointStore
 from moba_train.train.console import SilentLog
-from moba_train.train.loop import train
+from moba_train.train.loop import Training
 from moba_train.train.metrics import JsonlWriter, read_metrics
 from moba_train.train.progress import Identity, model_fingerprint
 from moba_train.train.record import Meter
@@ -103,11 +103,10 @@ def train_part(rank: int, n: int, part: Part) -> dict[str, str]:
     start = begin(part.run_dir, part.resume, engine, identity, schedule)
     loaded = digests(engine.sharded_state_dict(is_loading=False))
     sinks = [JsonlWriter(part.run_dir / "metrics.jsonl", resume_step=start.progress.step)] if rank == 0 else []
-    train(
+    Training(
         engine,
         schedule=schedule,
         start=start.progress,
-        until_step=schedule.total_steps,
         run=RunSection(log_every=2, stop_after_steps=part.stop_after_steps),
         checkpoint=CheckpointConfig(every_steps=0),
         stage_data=Copying,
@@ -117,7 +116,7 @@ def train_part(rank: int, n: int, part: Part) -> dict[str, str]:
         sinks=sinks,
         log=SilentLog(),
         stopping=Stopping(StopSignals()),
-    )
+    ).train(schedule.total_steps)
     state = digests(engine.sharded_state_dict(is_loading=False))
     close_topology(keep_process_group=True)
     return {f"loaded/{key}": value for key, value in loaded.items()} | state

@@ -19,7 +19,7 @@ from moba_train.errors import TrainingDiverged
 from moba_train.parallel.topology import close_topology
 from moba_train.train.checkpoint import CheckpointStore, list_checkpoints, read_state
 from moba_train.train.console import SilentLog
-from moba_train.train.loop import TrainOutcome, train
+from moba_train.train.loop import Training, TrainOutcome
 from moba_train.train.metrics import JsonlWriter, read_metrics
 from moba_train.train.progress import Identity, model_fingerprint
 from moba_train.train.record import Meter
@@ -82,11 +82,10 @@ def data_parallel_part(
     sinks = [JsonlWriter(run_dir / "metrics.jsonl", resume_step=start.progress.step)] if rank == 0 else []
     with StopSignals() as signals:
         try:
-            outcome = train(
+            outcome = Training(
                 engine,
                 schedule=schedule,
                 start=start.progress,
-                until_step=schedule.total_steps,
                 run=RunSection(log_every=1, max_bad_steps=2),
                 checkpoint=CheckpointConfig(every_steps=0),
                 stage_data=lambda index: rows.setdefault(index, Asked(index)),
@@ -96,7 +95,7 @@ def data_parallel_part(
                 sinks=sinks,
                 log=SilentLog(),
                 stopping=Stopping(signals),
-            )
+            ).train(schedule.total_steps)
         except TrainingDiverged as error:
             diverged = error.message()
     close_topology(keep_process_group=True)

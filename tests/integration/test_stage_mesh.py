@@ -17,6 +17,7 @@ from moba_train.cli import main
 from moba_train.commands.train import _until_step
 from moba_train.config.load import load_config
 from moba_train.config.mesh import parallel_of_stage
+from moba_train.train.progress import Progress
 from moba_train.train.resume import newest_step
 from moba_train.train.schedule import build_schedule
 from tests.integration.test_launch import ended, launch, make_workspace, records
@@ -85,9 +86,9 @@ def test_a_run_ends_where_the_mesh_changes_and_at_once_where_it_began_on_the_wro
     config = load_config(staged / "c.toml", OWN)
     schedule = build_schedule(config.stages, config.optimizer)
     first, second = (replace(config, parallel=parallel_of_stage(config.parallel, stage)) for stage in config.stages)
-    assert [_until_step(config, first, schedule, step) for step in (0, 2)] == [3, 3]
-    assert [_until_step(config, second, schedule, step) for step in (3, 5, 6)] == [6, 6, 6]
-    assert [_until_step(config, second, schedule, step) for step in (0, 2)] == [0, 2]
+    assert [_until_step(config, first, schedule, Progress(step)) for step in (0, 2)] == [3, 3]
+    assert [_until_step(config, second, schedule, Progress(step)) for step in (3, 5, 6)] == [6, 6, 6]
+    assert [_until_step(config, second, schedule, Progress(step)) for step in (0, 2)] == [0, 2]
 
 
 def test_the_newest_checkpoint_whose_state_reads_says_where_a_run_goes_on(staged: Path, tmp_path: Path) -> None:

@@ -98,6 +98,16 @@ def test_lengths_that_no_document_has_are_told_once(
     assert got in str(error.got) and allowed in error.allowed and error.fix
 
 
+def test_a_whole_document_that_does_not_fit_a_row_of_a_later_stage_is_told_before_the_first(config: RunConfig) -> None:
+    source = dataclasses.replace(config.data.sources["text"], packing="whole")
+    data = dataclasses.replace(config.data, sources={"text": source})
+    stages = tuple(StageConfig(mix={"text": 1.0}, seq_len=tokens) for tokens in (64, 50, 49, 49))
+    error = error_of(check_training_inputs, dataclasses.replace(config, data=data, stages=stages))
+    assert isinstance(error, DataError) and "packs whole documents" in error.what
+    assert error.where == f"stages.2.seq_len, data.sources.text ({source.path})"
+    check_training_inputs(dataclasses.replace(config, data=data, stages=stages[:2]))
+
+
 def test_an_index_of_another_pair_is_refused(config: RunConfig) -> None:
     data = Path(config.data.tokenizer).parent
     write_indexed(data / "other", [np.arange(7, dtype=np.int64)], vocab_size=500)

@@ -82,3 +82,14 @@ def test_every_shipped_configuration_has_a_plan(path: Path) -> None:
     for stage in config.stages:
         assert any(line.startswith(stage.name + " ") for line in text.splitlines())
     assert max(map(len, text.splitlines())) <= 160
+
+
+def test_the_plan_tells_the_position_embedding_of_each_stage() -> None:
+    config = load_config(CONFIGS / "llama_8b_1m.toml")
+    lines = render_plan(build_plan(config), config).splitlines()
+    begin = lines.index("position embedding (RoPE) of each stage")
+    assert [line.split(maxsplit=1) for line in lines[begin + 1 : begin + 6]] == [
+        ["128k", "base 500,000, llama3 scaling, factor 8 from 8,192 tokens"],
+        ["256k", "base 500,000, llama3 scaling, factor 64 from 8,192 tokens"],
+        *([name, "as above"] for name in ("512k", "1m", "moba_1m")),
+    ]

@@ -69,6 +69,19 @@ def test_dry_run_prints_a_script_of_the_callers_settings_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_miniature_is_submitted_as_the_run_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "configs" / "llama_8b_1m.toml")
+    words = "--gpus-per-node 2 --time 01:00:00 --dry-run --scale tiny --engine.device cuda"
+    assert cli.main(["slurm", "submit", recipe, *words.split()]) == 0, "64 ranks are what the run needs, not this"
+    head, _ = capsys.readouterr().out.split(END_OF_SETTINGS)
+    assert "#SBATCH --job-name=llama_8b_1m-tiny\n" in head
+    assert f"\nrun_dir={tmp_path}/runs/llama_8b_1m-tiny\n" in head
+    assert "\noptions=(--scale tiny --engine.device cuda) " in head
+
+
 def test_no_value_is_read_by_the_shell(tmp_path: Path) -> None:
     evil = "$(touch hit) `touch hit`; touch hit #'\""
     job = SlurmJob(workdir=evil, bin=evil, launcher=evil, config=evil, resume=evil, options=("--run.x", evil))

@@ -205,14 +205,14 @@ def test_a_miniature_runs_in_fp32_on_a_cpu_unless_the_run_names_cuda() -> None:
     assert scaled(config_of("llama_8b_1m", *words, "--engine.device", "cuda")).engine == on_gpu
 
 
-def test_the_material_lies_beside_the_run_folder_and_is_shared_by_runs_of_one_shape() -> None:
+def test_the_material_lies_beside_the_run_folder_and_is_shared() -> None:
     tiny = scaled(config_of("llama_8b_1m", "--run-dir", "some/where/run/"))
     assert tiny.run.dir == "some/where/run-tiny"
     assert miniature_paths("some/where/run-tiny").root == miniature_paths("some/where/run/").root
     named = [tiny.data.tokenizer, tiny.model.init_from, *(source.path for source in tiny.data.sources.values())]
     assert all(name.startswith("some/where/miniature/") for name in named)
     sft = scaled(config_of("llama_8b_1m_sft", "--run-dir", "some/where/sft"))
-    assert sft.model.init_from == tiny.model.init_from
+    assert sft.model.init_from != tiny.model.init_from, "it begins with the positions that the run before ended with"
     assert scaled(config_of("qwen3_8b_256k", "--run-dir", "some/where/q")).model.init_from != tiny.model.init_from
     assert scaled(config_of("smoke")).model.init_from == ""
     assert [source.path for source in sft.data.sources.values()] == [
@@ -221,8 +221,25 @@ def test_the_material_lies_beside_the_run_folder_and_is_shared_by_runs_of_one_sh
     assert sft.data.valid.path == "some/where/miniature/text/valid"
 
 
-def test_the_reader_is_told_that_it_is_a_miniature() -> None:
+def test_the_reader_is_told_what_a_miniature_cuts_and_what_it_keeps() -> None:
     config = config_of("llama_8b_1m")
-    first, second, _ = describe_scale(config, scaled(config))
-    assert first.startswith("MINIATURE of the run (--scale tiny): lengths divided by 1,024, 5 of 32 layers")
-    assert "run folder runs/llama_8b_1m-tiny, material in runs/miniature" in second
+    first, cut, made, kept, _ = describe_scale(config, scaled(config, 2), 2)
+    assert first.startswith("MINIATURE of the run (--scale tiny), run folder runs/llama_8b_1m-tiny: ")
+    for words in ("divided by 1,024", "10 of 26,000 steps", "5 of 32 layers", "width 128 of 4096", "for 2 rank(s)"):
+        assert words in cut
+    assert "vocabulary 1,024 of 128,256" in cut and "precision fp32 for bf16" in cut and "topk" not in cut
+    assert made.endswith("in runs/miniature") and " topk, " in kept
+
+
+def test_the_reader_is_told_of_a_topk_that_had_to_fall_and_of_nothing_that_stays() -> None:
+    config = with_stages(config_of("llama_8b_1m", "--engine.device", "cuda"), chunk_size=1024, topk=48)
+    _, cut, _, kept, _ = describe_scale(config, scaled(config))
+    assert "topk 12 for 48 in '128k'" in cut and "topk" not in kept
+    assert "device" not in cut and "precision" not in cut, "on GPUs they are those of the run"
+
+
+def test_a_run_folder_that_is_named_as_a_miniatures_is_not_renamed_again() -> None:
+    # A Slurm job is told the folder of the miniature, and the ranks that it starts scale the run themselves.
+    config = config_of("llama_8b_1m")
+    tiny = scaled(config, 64)
+    assert scaled(config_of("llama_8b_1m", "--run-dir", tiny.run.dir), 64) == tiny

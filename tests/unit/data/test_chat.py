@@ -12,6 +12,7 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, normalizers
 
+from moba_train.data import chat_spans
 from moba_train.data.chat import ChatEncoder, ChatTemplate, EncodedChat, find_template
 from moba_train.data.records import document_of
 from moba_train.data.tokenizer import load_tokenizer
@@ -165,6 +166,8 @@ BAD_MESSAGES: list[tuple[str, object, object]] = [
     ("surrogate", [{"role": "user", "content": "\ud800"}], None),
     ("tools", says("a"), "search"),
     ("not JSON", [{"role": "user", "content": "x", "score": float("nan")}], None),
+    ("more than 100 deep", [{"role": "user", "content": "x", "y": json.loads("[" * 900 + "]" * 900)}], None),
+    ("more than 100 deep", says("a"), [{"y": json.loads('{"a":' * 900 + "1" + "}" * 900)}]),
 ]
 
 
@@ -182,7 +185,49 @@ def test_the_order_of_fields_and_fields_that_are_null_make_no_other_document() -
     assert not isinstance(left, str) and not isinstance(right, str) and left.canonical == right.canonical
 
 
+def test_an_answer_behind_the_last_special_token_of_its_turn_is_not_lost(chatml: HfTokenizer) -> None:
+    begins = "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}<|im_start|>{% endif %}"
+    begins += "{{ m.content + '\n' }}{% endfor %}"
+    assert said(chatml, encode(chatml, begins, says("q", "one", "q", "two"))) == ["one\n", "two\n"]
+
+
+def test_a_template_that_always_ends_in_the_prompt_to_answer_is_refused(chatml: HfTokenizer) -> None:
+    always = plain(CHATML).replace("{%- if add_generation_prompt %}", "{%- if true %}")
+    for messages in (says("q", "one"), says("q", "one", "q")):
+        with pytest.raises(ValueError, match="cannot be told from the rest"):
+            encode(chatml, always, messages)
+
+
+def test_a_conversation_whose_answers_teach_no_end_is_known_as_such(chatml: HfTokenizer) -> None:
+    inside = (
+        "{% for m in messages %}<|im_start|>{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}"
+    )
+    assert not encode(chatml, inside, says("q", "one")).stops
+    assert encode(chatml, plain(CHATML), says("q", "one")).stops
+
+
+def test_a_conversation_too_long_to_be_rendered_in_parts_needs_a_template_that_marks(
+    chatml: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_spans, "MAX_MESSAGES", 3)
+    with pytest.raises(ValueError, match="4 messages: more than 3 need"):
+        encode(chatml, plain(CHATML), says("q", "one", "q", "two"))
+    assert len(encode(chatml, marked(CHATML), says("q", "one", "q", "two")).spans_N2) == 2
+    assert len(encode(chatml, plain(CHATML), says("q", "one", "q")).spans_N2) == 1
+
+
+def test_products_of_an_ordinary_size_are_what_they_are(chatml: HfTokenizer) -> None:
+    template = (
+        "{{ ' ' * 2 + 2 * 'ab' }}{{ [1] * 2 }}{{ 3 * 4 }}{{ 2 ** 10 }}{{ 1.5 * 2 }}{{ messages[7:] | length * 3 }}"
+    )
+    assert "  abab[1, 1]1210243.00" in chatml.decode(encode(chatml, template, says("a")).ids)
+
+
 HOSTILE = [
+    ("{{ 'x' * 10**7 }}", "the result of * is too large"),
+    ("{{ 10**7 * [0] }}", "the result of * is too large"),
+    ("{{ 10**(10**6) }}", "the result of ** is too large"),
+    ("{% set n = namespace(a=3) %}{% for i in range(24) %}{% set n.a = n.a * n.a %}{% endfor %}", "too large"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{{ messages.append(1) }}", "unsafe"),
     ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from moba_train.data.records import Conversation, document_of
 from moba_train.data.stage_data import StageData
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokenizer_hf import HfTokenizer
-from moba_train.errors import ConfigError, DataError
+from moba_train.errors import BackendError, ConfigError, DataError
 from tests.unit.data import chat_toys as toys
 from tests.unit.data.chat_toys import CHATML, plain, says
 from tests.unit.data.conftest import corpus
@@ -221,4 +224,24 @@ def test_the_command_tells_how_many_there_are_and_what_the_loss_is_on(
     assert main(["prep", *words, "--chat-template", str(tmp_path / "mine.jinja")]) == 0
     told = capsys.readouterr().out
     assert "30 of the documents are conversations" in told and "% of their" in told
-    assert "left out 1 conversations in which the assistant says nothing" in told
+    assert "left out 1 conversations in which the assistant says nothing" in told and "warning" not in told
+    bare = toys.marked(CHATML).replace(
+        "{{- '<|im_end|>' }}\n        {%- endgeneration %}", "{%- endgeneration %}<|im_end|>"
+    )
+    (tmp_path / "mine.jinja").write_text(bare)
+    assert main(["prep", *words, "--chat-template", str(tmp_path / "mine.jinja")]) == 0
+    assert "warning: in 30 conversations no answer ends in a special token" in capsys.readouterr().out
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_something_kills_is_told_without_a_traceback(
+    options: PrepOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = ProcessPoolExecutor.submit
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", lambda pool, *rest: submit(pool, _killed))
+    with pytest.raises(BackendError, match="a process that encodes was killed") as caught:
+        prepare(dataclasses.replace(options, out=tmp_path / "out", workers=2))
+    assert caught.value.where == "--workers 2"

@@ -8,7 +8,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from moba_train.data import compressed
+from moba_train.data import compressed, readers
+from moba_train.data import parquet as parquet_module
 from moba_train.data.compressed import open_bytes
 from moba_train.data.parquet import parquet_rows
 from moba_train.data.readers import ReadStats, list_files, read_documents, signature
@@ -143,6 +144,24 @@ def test_a_zstd_file_is_unpacked_a_piece_at_a_time(tmp_path):
     with open_bytes(tmp_path / "a.jsonl.zst") as stream:
         while stream.readline():
             assert len(stream.raw._ready) < len(many) // 4
+
+
+def test_a_record_that_would_fill_the_memory_is_a_broken_one_and_what_follows_is_read(tmp_path, monkeypatch):
+    for module in (readers, parquet_module):
+        monkeypatch.setattr(module, "MAX_RECORD_MIB", 1)
+    most = {"text": "y" * (2**20 - len('{"text": ""}\n'))}
+    content = jsonl({"text": "a"}, {"text": "x" * 3 * 2**20}, most, {"text": "b"})
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(content))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content + b"\0" * 2**21))
+    nothing = [{"role": None, "content": None}] * 2**18
+    write_table(tmp_path / "c.parquet", [{"messages": nothing}, {"messages": [{"role": "user", "content": "c"}]}])
+    write_table(tmp_path / "d.parquet", [{"text": "a"}, {"text": "x" * 2**20}, {"text": "b"}])
+    for name, found, bad in (("a.jsonl.zst", 3, 1), ("b.jsonl.gz", 3, 2), ("c.parquet", 1, 1), ("d.parquet", 2, 1)):
+        stats = ReadStats()
+        assert len(read(tmp_path / name, skip_bad=True, stats=stats)) == found and stats.bad == bad, name
+        assert "longer than 1 MiB" in stats.first_bad
+        with pytest.raises(DataError, match="longer than 1 MiB"):
+            read(tmp_path / name)
 
 
 def test_a_parquet_file_is_read_by_rows_and_only_where_a_document_is(tmp_path):

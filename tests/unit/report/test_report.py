@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -84,6 +85,11 @@ def test_a_stage_that_decided_where_it_ends_is_marked_with_its_rule_and_its_numb
         "by decision, step 150",
     )
     assert (other[0], other[4]) == ("long", "at its greatest length")
+    assert [row[4] for row in until_rows(replace(run, stages=run.stages[:2]))][1] == "not yet"
+    over = replace(run, stages=run.stages[:2], state={"step": 370, "stage_end": True})
+    assert [row[4] for row in until_rows(over)][1] == "at its greatest length", "the last stage watches too"
+    html, _ = read(build_report(run_dir))
+    assert [f"What stage {stage.name} watches" in html for stage in run.stages] == [True, True, False]
     picture = plot_loss(run) or b""
     assert b'id="decided-150"' in picture and b'id="decided-370"' not in picture
 
@@ -141,9 +147,11 @@ def test_steps_without_a_finite_loss_are_counted_and_left_out(make_run: MakeRun)
     run = make_run(steps=40, only_metrics=True)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     bad = json.loads(lines[5]) | {"train/loss": None, "train/bad": True}
-    (run / "metrics.jsonl").write_text("\n".join([*lines[:5], json.dumps(bad), *lines[6:]]) + "\n")
+    evaluated = {"step": 0, "stage": "short", "stage_index": 0, "tokens": 0, "eval/loss_moba": 5.0}  # of another run
+    lines = [json.dumps(evaluated), *lines[:5], json.dumps(bad), *lines[6:]]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     _, checker = read(build_report(run))
-    assert "1 of 40 steps have no finite loss" in " ".join(checker.text)
+    assert "1 of 41 steps have no finite loss" in " ".join(checker.text)
 
 
 def test_a_run_that_is_still_writing_can_be_reported(make_run: MakeRun, tmp_path: Path) -> None:

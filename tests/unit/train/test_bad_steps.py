@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moba_train.config.schema import StageConfig
+from moba_train.engine.base import StepResult
 from moba_train.errors import TrainingDiverged
 from moba_train.parallel.topology import Topology
 from moba_train.train.bad_steps import BadSteps
-from moba_train.train.metrics import read_metrics
+from moba_train.train.metrics import read_metrics, to_json_line
 from moba_train.train.progress import Progress, progress_from_state
+from moba_train.train.record import step_record
 from tests.unit.train.toy import ToyRun
 
 NAN, INF = float("nan"), float("inf")
@@ -45,6 +49,20 @@ def test_a_good_step_ends_the_row_and_keeps_the_count() -> None:
     with pytest.raises(TrainingDiverged) as caught:
         steps.raise_if_too_many()
     assert caught.value.where == "step 3: rows 4..5 of stage 'moba'; step 4: rows 6..7 of stage 'moba'"
+
+
+def test_a_step_in_which_no_token_counts_is_skipped_and_told_but_is_no_bad_step() -> None:
+    steps = BadSteps(2)
+    steps.note(record(1), range(2))
+    result = StepResult(loss=NAN, num_loss_tokens=0, grad_norm=NAN, skipped=True)
+    empty = step_record(step=2, stage=StageConfig(name="sft"), stage_index=0, tokens=64, lr=0.1, result=result)
+    (line,) = steps.note(empty, range(2, 4))
+    assert line.startswith(
+        "step 2 skipped on all ranks, since none of its tokens counts in the loss; stage 'sft', rows"
+    )
+    assert (steps.in_a_row, steps.total, empty["train/bad_steps"]) == (1, 1, 1)
+    written = json.loads(to_json_line(empty))
+    assert (written["train/loss"], written["train/empty"]) == (None, True) and "train/bad" not in written
 
 
 def test_the_log_tells_a_bad_step_at_once_and_metrics_count_over_a_resume(tmp_path: Path, topology: Topology) -> None:

@@ -60,6 +60,19 @@ def test_after_a_resume_no_step_stands_twice_and_none_is_lost(tmp_path: Path) ->
     assert [record["writer"] for record in records] == [0] * 4 + [4] * 6
 
 
+def test_what_is_evaluated_again_replaces_what_an_earlier_process_said_of_it(tmp_path: Path) -> None:
+    """It died before it had saved; the next one has other ranks, or another rule, and decides otherwise."""
+    path = tmp_path / "m.jsonl"
+    write(path, range(1, 4), resume_step=0)
+    trained = read_metrics(path)
+    where = {"step": 3, "stage": "short"}
+    for numbers in ({"eval/loss_moba": 2.0, "eval/niah_moba": 1.0, "until/decided": 1.0}, {"eval/loss_moba": 2.5}):
+        writer = JsonlWriter(path, resume_step=3)
+        writer.amend(where | numbers)
+        writer.close()
+    assert read_metrics(path) == [*trained[:2], trained[2] | where | {"eval/loss_moba": 2.5}]
+
+
 def test_a_new_run_drops_what_an_unsaved_one_left(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     write(path, range(1, 4), resume_step=0)

@@ -6,6 +6,7 @@ import pytest
 
 from moba_train.config.schema import OptimizerConfig, StageConfig, UntilConfig
 from moba_train.errors import ConfigError
+from moba_train.train.progress import Progress
 from moba_train.train.schedule import Place, build_schedule, lr_at
 
 STAGES = (
@@ -111,8 +112,8 @@ def test_stages_move_up_when_the_end_of_one_is_decided() -> None:
 
 def test_a_run_that_is_to_be_evaluated_first_goes_on_in_the_stage_of_its_last_step() -> None:
     schedule = build_schedule(STAGES, OptimizerConfig())
-    assert [schedule.stage_of_next_step(step) for step in (0, 3, 4, 7)] == [0, 0, 1, 1]
-    assert [schedule.stage_of_next_step(step, evaluated=False) for step in (0, 3, 4, 5, 7)] == [0, 0, 0, 1, 1]
+    assert [schedule.stage_of_next_step(Progress(step)) for step in (0, 3, 4, 7)] == [0, 0, 1, 1]
+    assert [schedule.stage_of_next_step(Progress(step, evaluated=False)) for step in (0, 3, 4, 5, 7)] == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("warmup_tokens", [0, 250])

@@ -71,6 +71,17 @@ def test_an_evaluation_counts_as_part_of_a_step_however_long_ago_it_was() -> Non
     assert reason.startswith("stop_after 1h: 161 s left, a step takes 101.0 s")
 
 
+def test_the_first_evaluation_is_followed_by_no_step_that_does_not_fit_any_more() -> None:
+    """Also one that was put off: there was no step before it."""
+    for steps in (1, 0):
+        job = Job(300.0)
+        assert not any(job.step(10.0, save_s=5.0) for _ in range(steps))
+        job.now_s += 150.0
+        assert not job.stopping.wish_now(5.0)
+        job.now_s += 90.0
+        assert job.stopping.wish_now(5.0).startswith("stop_after 1h: ") and job.stopping.reason
+
+
 def test_a_slow_first_step_is_forgotten_but_not_at_once() -> None:
     early, late = Job(500.0), Job(500.0)
     for job, steps in ((early, RECENT_STEPS // 2), (late, RECENT_STEPS)):

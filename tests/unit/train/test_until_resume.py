@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +13,23 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from moba_train.config.schema import OptimizerConfig, ParallelConfig, StageConfig, UntilConfig
+from moba_train.config.schema import ParallelConfig, UntilConfig
 from moba_train.errors import CheckpointError
 from moba_train.parallel.topology import Topology, close_topology, init_topology
 from moba_train.train.checkpoint import CheckpointStore, read_state
-from moba_train.train.loop import TrainOutcome
-from moba_train.train.metrics import read_metrics
 from moba_train.train.progress import Progress
 from moba_train.train.run_folder import list_checkpoints
+from moba_train.train.signals import StopSignals
+from moba_train.train.stopping import Deadline, Stopping
 from tests.distributed import run_ranks
 from tests.unit.train import toy
-
-UNTIL = UntilConfig(trailing_gap=0.05, evaluations=2)
-STAGES = (
-    StageConfig(name="moba", tokens=320, tokens_per_step=16, seq_len=8, chunk_size=2, topk=2, until=UNTIL),
-    StageConfig(name="full", tokens=48, tokens_per_step=16, seq_len=8, attention="full"),
-)
-OPTIMIZER = OptimizerConfig(lr=0.5, schedule="wsd", warmup_tokens=32, decay_tokens=32)
-DECIDED = 12
-"""Gaps of 1/2, 1/4, 1/6, ... every other step: from step 8 to step 12 the gap falls by 1/8 - 1/12 < 0.05."""
-TOTAL = DECIDED + 3
+from tests.unit.train.until_case import DECIDED, OPTIMIZER, STAGES, TOTAL, Killed, UntilRun, records
 
 
 @pytest.fixture(scope="module")
 def topology() -> Iterator[Topology]:
     yield init_topology(ParallelConfig(), device=torch.device("cpu"), timeout_s=60.0)
     close_topology()
-
-
-class Killed(Exception):
-    """The process dies."""
-
-
-@dataclass
-class UntilRun(toy.ToyRun):
-    """A toy run with held-out losses that tell of its weights, and a needle evaluation at ends of stages.
-
-    killed: (moment, step): "evaluated" = between the two evaluations, "saving" = before the checkpoint is begun.
-    """
-
-    stages: tuple[StageConfig, ...] = STAGES
-    optimizer: OptimizerConfig = OPTIMIZER
-    every_steps: int = 5
-    keep_last: int = 9
-    eval_every_steps: int = 2
-    killed: tuple[str, int] = ("", 0)
-
-    def go(self) -> TrainOutcome:
-        self.evaluators = (self.held_out, self.needle)
-        return super().go()
-
-    def held_out(self, step: int, stage: str, is_stage_end: bool) -> Mapping[str, Any]:
-        full = float(self.engine.weight[0])
-        return {
-            "eval/loss_moba": 2.0 + full,
-            "eval/loss_full": 1.0 + full,
-            "eval/trailing_loss_moba": full + 1.0 / step,
-            "eval/trailing_loss_full": full,
-            "eval/in_stage": self.engine.stages_seen[-1],
-        }
-
-    def needle(self, step: int, stage: str, is_stage_end: bool) -> Mapping[str, Any]:
-        self.die("evaluated", step)
-        return {"eval/niah_moba": 1.0} if is_stage_end else {}
-
-    def die(self, moment: str, step: int) -> None:
-        if self.killed == (moment, step):
-            raise Killed
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "memory/"))} for row in rows]
 
 
 def assert_same(run: UntilRun, straight: UntilRun) -> None:
@@ -121,6 +66,10 @@ def test_the_stage_ends_where_its_number_stops_falling_and_all_that_follows_move
     told = (
         "stage 'moba' ends after 192 of at most 320 tokens: the trailing gap fell by 0.04167 nats in its last 2 "
         "evaluations (until.trailing_gap 0.05): 0.125 -> 0.0833333"
+    )
+    assert straight.log.lines[1] == (
+        "stage 'moba' ends when the trailing gap has fallen by less than 0.05 nats in its last 2 evaluations "
+        "(until.trailing_gap)"
     )
     assert straight.log.lines.index(told) < straight.log.lines.index(
         f"stage 2/2 'full' from step {DECIDED + 1}: full attention, seq_len 8, 2 rows a step"
@@ -182,6 +131,30 @@ def test_a_run_that_is_killed_before_or_after_its_decision_decides_the_same(
     run = UntilRun(tmp_path, topology)
     assert run.go().finished
     assert_same(run, straight)
+
+
+def test_no_step_is_begun_when_the_evaluation_that_was_put_off_has_taken_the_time_that_was_left(
+    tmp_path: Path, topology: Topology, straight: UntilRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+
+    class Slow(UntilRun):
+        def held_out(self, step: int, stage: str, is_stage_end: bool) -> Mapping[str, Any]:
+            now_s[0] += 500.0
+            return super().held_out(step, stage, is_stage_end)
+
+    def stopping(signals: StopSignals) -> Stopping:
+        return Stopping(signals, (Deadline("stop_after 530s", 530.0),), clock=lambda: now_s[0])
+
+    UntilRun(tmp_path, topology, signal_after_steps=8).go()
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "Stopping", stopping)
+        outcome = Slow(tmp_path, topology).go()
+    assert (outcome.progress.step, outcome.progress.evaluated, outcome.finished) == (8, True, False)
+    assert outcome.reason.startswith("stop_after 530s: 30 s left")
+    last = UntilRun(tmp_path, topology)
+    assert last.go().finished and not any("first the evaluation" in line for line in last.log.lines)
+    assert_same(last, straight)
 
 
 def test_a_run_resumed_from_before_the_decision_decides_anew_and_the_same(
@@ -357,6 +330,17 @@ def test_another_rule_in_the_same_stage_begins_anew_and_says_so(tmp_path: Path, 
     run = UntilRun(tmp_path, topology, stages=other)
     assert run.go().progress.decided == {0: 10}, "its evaluations are those of steps 6, 8 and 10"
     assert run.notes[-1] == "stage 'moba' does not watch trailing_gap any more: its numbers so far do not count"
+
+
+def test_a_rule_that_was_away_for_a_while_begins_anew(tmp_path: Path, topology: Topology) -> None:
+    """What it had watched before is no neighbour of what comes now."""
+    without = (replace(STAGES[0], until=UntilConfig()), STAGES[1])
+    UntilRun(tmp_path, topology, stop_after_steps=5).go()
+    UntilRun(tmp_path, topology, stop_after_steps=4, stages=without).go()
+    run = UntilRun(tmp_path, topology)
+    assert run.go().progress.decided == {0: 14}, "its evaluations are those of steps 10, 12 and 14"
+    assert [row["step"] for row in records(tmp_path) if "until/fall" in row] == [14]
+    assert not any("does not watch" in note for note in run.notes)
 
 
 def test_a_stage_may_not_become_shorter_than_it_was_when_it_was_decided(

@@ -20,7 +20,7 @@ from moba_train.engine.base import AttentionMode, RowScores, StepResult
 from moba_train.engine.phases import OnPhase, Phase
 from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore
-from moba_train.train.loop import TrainOutcome, train
+from moba_train.train.loop import Training, TrainOutcome
 from moba_train.train.metrics import JsonlWriter
 from moba_train.train.progress import Identity, model_fingerprint
 from moba_train.train.record import Meter
@@ -208,12 +208,10 @@ class ToyRun:
         )
         try:
             with store:
-                return train(
+                training = Training(
                     self.engine,
                     schedule=schedule,
                     start=start.progress,
-                    until_step=schedule.total_steps,
-                    hindrance=self.too_late,
                     run=RunSection(
                         log_every=2, max_bad_steps=self.max_bad_steps, stop_after_steps=self.stop_after_steps
                     ),
@@ -226,6 +224,7 @@ class ToyRun:
                     log=self.log,
                     stopping=AskedToStop(self.signals, asked) if asked else Stopping(self.signals),
                 )
+                return training.train(schedule.total_steps, hindrance=self.too_late)
         finally:
             for sink in sinks:
                 sink.close()
