@@ -81,11 +81,21 @@ def test_a_run_that_had_checkpoints_never_starts_silently_from_zero(drill: Drill
         shutil.rmtree(drill.checkpoints / NEWEST)
     else:
         suffix = ".old" if "deleted" in left else ".abandoned"
-        (drill.checkpoints / NEWEST).rename(drill.checkpoints / (NEWEST + suffix))
+        aside = (drill.checkpoints / NEWEST).rename(drill.checkpoints / (NEWEST + suffix))
+        if suffix == ".old":
+            (aside / "__0_0.distcp").unlink()
     ending = drill.go()
     assert ending.code == 2, ending.log
     assert NEWEST in ending.log and "fix:" in ending.log
     assert len((drill.run_dir / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_whole_checkpoint_that_was_about_to_be_replaced_gets_its_name_back(drill: Drill) -> None:
+    shutil.rmtree(drill.checkpoints / OLDER)
+    (drill.checkpoints / NEWEST).rename(drill.checkpoints / (NEWEST + ".old"))
+    ending = drill.go()
+    assert ending.code == 0 and f"restored {NEWEST}: it was being replaced by one of the same step" in ending.log
+    drill.is_undisturbed()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_and_says_so(drill: Drill) -> None:
