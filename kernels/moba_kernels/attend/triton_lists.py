@@ -26,6 +26,8 @@ MAX_COUNTS = 1 << 23
 # Pairs that one program places at least, and at a time: each step waits for the one before it.
 MIN_PART_PAIRS = 1024
 STEP_PAIRS = 64
+# A thread compares one pair with all of its step: more threads than pairs would do the same again.
+PLACING_WARPS = STEP_PAIRS // 32
 COUNTED_PAIRS = 1024
 
 _UNALIGNED = ["picks", "picking", "key_edges"]
@@ -107,7 +109,7 @@ def place_picks(  # type: ignore[no-untyped-def]
         which = tl.where(valid, which, -1)
         same = which[:, None] == which[None, :]
         rank = tl.sum((same & (lane[None, :] < lane[:, None])).to(tl.int32), 1)
-        last = tl.sum((same & (lane[None, :] > lane[:, None])).to(tl.int32), 1) == 0
+        last = rank + 1 == tl.sum(same.to(tl.int32), 1)
         counter = places + which.to(tl.int64) * num_parts + tl.program_id(0)
         # Other warps have moved the counters a step ago: read where they wrote, not in L1.
         place = tl.load(counter, mask=valid, other=0, cache_modifier=".cg") + rank
@@ -148,8 +150,9 @@ def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int)
     edges = places[::num_parts].clone()
     grid = (num_parts, num_kv_heads, num_slots)
     place_picks[grid](
-        picks, picking, geometry.key_edges_C, places, entries, *sizes, HEADS=heads, BLOCK=STEP_PAIRS, num_stages=1
-    )
+        picks, picking, geometry.key_edges_C, places, entries, *sizes, HEADS=heads, BLOCK=STEP_PAIRS,
+        num_warps=PLACING_WARPS, num_stages=1,
+    )  # fmt: skip
     return PickLists(entries, edges, num_kv_heads, geometry.num_chunks, num_slots, heads)
 
 
@@ -159,12 +162,12 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
     head_dim, dtype = next(iter(head_dims))[0], next(iter(dtypes))
     for picks, heads in product(("i16", "i32"), (1, 4)):
         types = {"picks": f"*{picks}", "picking": "*i8", "key_edges": "*i32", **dict.fromkeys(integers, "i32")}
-        for kernel, pointers, block in (
-            (count_picks, {"counts": "*i32"}, COUNTED_PAIRS),
-            (place_picks, {"places": "*i64", "entries": "*i32"}, STEP_PAIRS),
+        for kernel, pointers, block, warps in (
+            (count_picks, {"counts": "*i32"}, COUNTED_PAIRS, 4),
+            (place_picks, {"places": "*i64", "entries": "*i32"}, STEP_PAIRS, PLACING_WARPS),
         ):
             yield Variant(
                 label=f"{kernel.__name__} {picks} of {heads}", kernel=kernel, types={**types, **pointers},
-                constants={"HEADS": heads, "BLOCK": block}, num_warps=4, num_stages=1, head_dim=head_dim, dtype=dtype,
-                divisible_by_16=frozenset(pointers),
+                constants={"HEADS": heads, "BLOCK": block}, num_warps=warps, num_stages=1, head_dim=head_dim,
+                dtype=dtype, divisible_by_16=frozenset(pointers),
             )  # fmt: skip

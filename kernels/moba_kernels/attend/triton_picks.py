@@ -91,8 +91,9 @@ def picks_forward(  # type: ignore[no-untyped-def]
         scale * LOG2_E, D, DP, V, VP, N,
     )  # fmt: skip
     result, log_sum = finish_softmax(acc, top, total)
-    store_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
+    # First what waits in one register a row: the store of `out` needs many.
     tl.store(lse + query * stride_lt + head, log_sum, mask=valid)
+    store_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
     program = slot.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(attended + program, tl.minimum(num_rows - begin, M).to(tl.int64) * (stop - first))
     tl.store(scored + program, tl.cdiv(stop - first, N).to(tl.int64) * (M * N))
