@@ -22,7 +22,15 @@ from ..triton_math import LOG2_E, TRITON_TYPE, Variant
 from .triton_config import Kind, Tile, key_blocks, padded, tile_of, variant
 from .triton_lists import PickLists
 from .triton_tables import TileTable, max_tiles, tile_table
-from .triton_tile import finish_softmax, fold_keys, load_log2_sum, load_rows, query_gradient, store_rows
+from .triton_tile import (
+    finish_softmax,
+    fold_keys,
+    load_log2_sum,
+    load_rows,
+    query_gradient,
+    store_marked_rows,
+    store_rows,
+)
 
 _UNALIGNED = ["lse", "delta", "entries", "edges", "run_of_tile", "tile_ends", "key_edges", "attended", "scored"]
 _UNSPECIALISED = ["slot", "num_slots", "num_chunks", "num_kv_heads", "stride_lt"]
@@ -91,9 +99,11 @@ def picks_forward(  # type: ignore[no-untyped-def]
         scale * LOG2_E, D, DP, V, VP, N,
     )  # fmt: skip
     result, log_sum = finish_softmax(acc, top, total)
-    # First what waits in one register a row: the store of `out` needs many.
+    if M > 64:  # with smaller tiles it is the marks that spill
+        store_marked_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
+    else:
+        store_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
     tl.store(lse + query * stride_lt + head, log_sum, mask=valid)
-    store_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
     program = slot.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(attended + program, tl.minimum(num_rows - begin, M).to(tl.int64) * (stop - first))
     tl.store(scored + program, tl.cdiv(stop - first, N).to(tl.int64) * (M * N))
@@ -127,7 +137,7 @@ def picks_dq(  # type: ignore[no-untyped-def]
         first, first + (stop - first) // N * N, stop, tl.zeros((M,), tl.int32) + stop,
         scale * LOG2_E, D, DP, V, VP, N,
     )  # fmt: skip
-    store_rows(dq, query * stride_gt + head * stride_gh, acc, valid, M, D, DP)
+    store_marked_rows(dq, query * stride_gt + head * stride_gh, acc, valid, M, D, DP)
 
 
 def run_picks_forward(

@@ -27,11 +27,23 @@ def load_rows(base, at_M, valid_M, D: tl.constexpr, DP: tl.constexpr):  # type: 
 @triton.jit
 def store_rows(base, at_M, x, valid_M, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
     """The counterpart of `load_rows`; x is rounded to the dtype it is stored in."""
-    # Offsets wait through the loop over keys as one number a row, -1 where there is no row. Without the exchange the
-    # compiler works offsets and validity out in the layout of the store, sixteen rows a thread, and spills.
+    # Offsets wait through the loop over keys as one number a row. Without the exchange the compiler works them out in
+    # the layout of the store, sixteen rows a thread, and spills.
+    at_M = tl.gather(at_M, tl.arange(0, M), 0)
+    _store(base, at_M, x, valid_M, D, DP)
+
+
+@triton.jit
+def store_marked_rows(base, at_M, x, valid_M, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`store_rows` that lets validity wait with the offset, as -1: one register less in the loop over keys."""
     at_M = tl.gather(tl.where(valid_M, at_M, -1), tl.arange(0, M), 0)
+    _store(base, at_M, x, at_M >= 0, D, DP)
+
+
+@triton.jit
+def _store(base, at_M, x, valid_M, D: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
     dim = tl.arange(0, DP)
-    mask = (at_M >= 0)[:, None]
+    mask = valid_M[:, None]
     if DP != D:
         mask = mask & (dim[None, :] < D)
     tl.store(base + at_M[:, None] + dim[None, :], narrow(x, base.dtype.element_ty), mask=mask)
