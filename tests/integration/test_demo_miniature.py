@@ -58,6 +58,7 @@ def miniature_config(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow  # test_cli_smoke.py goes the same way in short
 @pytest.mark.timeout(900)
 def test_the_demo_in_miniature_learns_to_find_needles(tmp_path: Path) -> None:
     prep = ["prep", "stdlib", "--out", "data/demo", "--vocab-size", "2048", "--max-mib", "3"]

@@ -95,7 +95,7 @@ class Measured:
     """What the second run of each pair began with beyond the first."""
 
 
-@pytest.fixture(scope="module", params=["torch", "flash"])
+@pytest.fixture(scope="module", params=["torch", pytest.param("flash", marks=pytest.mark.slow)])
 def measured(request) -> tuple[str, Measured]:
     """All measurements of a backend, two processes at a time. A pair's first entry is that density alone."""
     pairs = [(DENSITIES[0], DENSITIES[-1]), (DENSITIES[-1], DENSITIES[0])]
