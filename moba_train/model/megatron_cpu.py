@@ -101,11 +101,11 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _get_rng_state(device: object = "cuda") -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+def _set_rng_state(new_state: torch.Tensor, device: object = "cuda") -> None:
     torch.set_rng_state(new_state)
 
 
