@@ -101,11 +101,12 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-def _get_rng_state(device: object = "cuda") -> torch.Tensor:
-    return torch.get_rng_state()
+# both stand for torch.cuda's function (a device alone) and for Megatron's (all these arguments)
+def _get_rng_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()  # a copy in any case
 
 
-def _set_rng_state(new_state: torch.Tensor, device: object = "cuda") -> None:
+def _set_rng_state(new_state: torch.Tensor, device: object = "cuda", graph_safe: bool = False) -> None:
     torch.set_rng_state(new_state)
 
 
