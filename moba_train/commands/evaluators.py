@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from moba_train.config.schema import EvalConfig, NiahConfig, RunConfig
+from moba_train.config.schema import EvalConfig, NiahConfig, RunConfig, StageConfig
 from moba_train.data.indexed import IndexedDocuments, open_indexed
 from moba_train.data.needles import NeedleText, build_niah_sample, haystack_of, load_words
 from moba_train.data.tokenizer import Tokenizer
 from moba_train.data.valid import ValidRows, count_bytes, unigram_bits_per_byte
 from moba_train.engine.base import Engine
+from moba_train.errors import DataError
 from moba_train.eval.niah import niah_summary
 from moba_train.eval.position_loss import has_trailing_tokens, position_metrics
 from moba_train.train.step import Evaluator
@@ -29,8 +30,8 @@ def build_evaluators(config: RunConfig, engine: Engine, tokenizer: Tokenizer) ->
     Everything that could fail for lack of held-out text fails here, and not after hours of training.
 
     Raises:
-        DataError: the held-out source is too short for a row, or for a needle sample of some length, or its documents
-            are too short for a stage that watches trailing positions.
+        DataError: the held-out source is too short for a row, or for a needle sample of some length; no token of the
+            rows that are scored counts, or none in trailing positions where a stage watches them.
     """
     evaluators: list[Evaluator] = []
     if config.eval.rows > 0:
@@ -54,7 +55,7 @@ class PositionEvaluator:
         }
         self._training_text = open_indexed(text_source(config))
         self._unigram: dict[int, float] = {}
-        self._check_trailing(config)
+        self._check_rows(config)
 
     def is_due(self, step: int, is_stage_end: bool) -> bool:
         """See `Evaluator`."""
@@ -74,11 +75,13 @@ class PositionEvaluator:
             unigram_bits_per_byte=self._baseline(seq_len),
         )
 
-    def _check_trailing(self, config: RunConfig) -> None:
-        """DataError where a stage watches the loss of trailing positions and held-out rows have none."""
+    def _check_rows(self, config: RunConfig) -> None:
+        """DataError where held-out rows have no token that counts, or none where a stage watches the loss."""
         for stage in config.stages:
             rows = self._rows[stage.seq_len]
             scored = range(min(self._eval.rows, len(rows)))
+            if not any(rows.row(i).loss_mask_S.any() for i in scored):
+                raise _nothing_counts(config, stage, len(scored))
             if stage.until.trailing_gap > 0 and not any(has_trailing_tokens(rows.row(i)) for i in scored):
                 raise no_trailing_loss(stage, f"the first {len(scored)} held-out rows of {config.data.valid.path}")
 
@@ -89,6 +92,15 @@ class PositionEvaluator:
             scored = (rows.row(i) for i in range(min(self._eval.rows, len(rows))))
             self._unigram[seq_len] = unigram_bits_per_byte(self._tokenizer, self._training_text, scored)
         return self._unigram[seq_len]
+
+
+def _nothing_counts(config: RunConfig, stage: StageConfig, num_rows: int) -> DataError:
+    return DataError(
+        f"no held-out token of stage '{stage.name}' counts: there is no loss to tell",
+        where=f"data.valid = {config.data.valid.path}",
+        got=f"loss masks of nothing but zeros in its first {num_rows} row(s) of {stage.seq_len:,} tokens",
+        fix="raise eval.rows, hold out other documents, or set eval.rows = 0",
+    )
 
 
 class NiahEvaluator:

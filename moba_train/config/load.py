@@ -234,7 +234,7 @@ def _unknown_override(word: str, config: RunConfig) -> ConfigError:
         return ConfigError("unexpected word", where="command line", got=word, fix=fix)
     name = word.split("=", 1)[0].lstrip("-").replace("-", "_")
     meant = closest(name, keys(config))
-    fix = f"did you mean --{meant.replace('_', '-')}?" if meant else "--help-config lists every key"
+    fix = f"did you mean --{meant.replace('_', '-')}?" if meant else "`moba-train train --help-config` lists every key"
     return ConfigError("unknown option", where="command line", got=word, fix=fix)
 
 
@@ -245,7 +245,7 @@ def _bad_override(words: Sequence[str], said: str, config: RunConfig) -> ConfigE
     allowed = allowed_at(config, option.lstrip("-").replace("-", "_"))
     if not allowed:
         lines = [line.strip(_BOX + " ") for line in said.splitlines()]
-        fix = "--help-config lists every key with its type"
+        fix = "`moba-train train --help-config` lists every key with its type"
         got = " ".join(line for line in lines if line)
         return ConfigError("a command-line override does not fit", where="command line", got=got, fix=fix)
     meant = closest(values[0], re.findall(r'"(.*?)"', allowed)) if values else ""

@@ -12,7 +12,7 @@ Legend: R rows; lengths in tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,11 +61,16 @@ class DocumentStream:
 
     def tokens_of_epoch(self) -> int:
         """Tokens that all documents together give to the stream."""
-        total = 0
+        return sum(int(sizes.sum()) for sizes in self._sizes_of_epoch())
+
+    def num_longer(self, num_tokens: int) -> int:
+        """Documents that have more tokens than this."""
+        return sum(int(np.count_nonzero(sizes > num_tokens)) for sizes in self._sizes_of_epoch())
+
+    def _sizes_of_epoch(self) -> Iterator[NDArray[np.int64]]:
         for first in range(0, self.num_documents, DOCUMENTS_AT_ONCE):
             stop = min(first + DOCUMENTS_AT_ONCE, self.num_documents)
-            total += int(self.sizes(self._ids(np.arange(first, stop, dtype=np.int64))).sum())
-        return total
+            yield self.sizes(self._ids(np.arange(first, stop, dtype=np.int64)))
 
     def sizes(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens that each document gives to the stream: its size, or 0 where it is left out."""
@@ -228,10 +233,11 @@ def _require_whole(stream: DocumentStream, sizes: NDArray[np.int64], position: i
     if sizes.size and int(sizes.max()) > seq_len:
         longest = int(sizes.argmax())
         document = int(stream.documents(position, stop)[longest])
+        too_long = f"{stream.num_longer(seq_len):,} of {stream.num_documents:,} documents"
         raise DataError(
             "a document is longer than a row, and this source packs whole documents",
             where=f"data source {stream.name!r}, document {document}",
-            got=f"{int(sizes[longest])} tokens",
+            got=f"{int(sizes[longest]):,} tokens; {too_long} do not fit",
             allowed=f"<= seq_len = {seq_len}",
             fix='raise the stage\'s seq_len, or set packing = "split"',
         )

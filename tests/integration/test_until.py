@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moba_train.cli import main
-from moba_train.data.indexed import write_indexed
+from moba_train.data.indexed import write_indexed, write_spans
 from moba_train.data.tokenizer import train_tokenizer
 from moba_train.train.stopping import Stopping
 from tests.drills.runs import digests_of, records
@@ -169,3 +170,19 @@ def test_plan_and_report_tell_of_the_rule_and_of_the_decision(folder: Path, capf
     page = (folder / "straight" / "report.html").read_text()
     assert "1 to 4 (decided)" in page and "by decision, step 4" in page
     assert "trailing_gap falls by less than 9.0 in 1 evaluations" in page
+
+
+def test_held_out_documents_of_which_no_token_counts_are_refused_before_training(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix = folder / "prompts"
+    write_indexed(prefix, [np.arange(100) for _ in range(4)], vocab_size=512)
+    write_spans(prefix, np.array([[3, 50, 60]]))  # an answer, but not in the one row that is scored
+    words = ("--data.valid.path", str(prefix), "--stages.0.until.trailing-gap", "0", "--run-dir", str(folder / "mute"))
+    assert main(["train", str(folder / "c.toml"), *words]) == 2
+    error = capfd.readouterr().err
+    assert "no held-out token of stage 'moba' counts" in error and "first 1 row(s) of 128 tokens" in error
+    assert not (folder / "mute" / "checkpoints").exists()
+    words = (*words, "--eval.rows", "3", "--stages.0.tokens", "256", "--optimizer.decay-tokens", "256")
+    assert main(["train", str(folder / "c.toml"), *words]) == 0
+    assert records(folder / "mute")[-1]["eval/loss_moba"] > 0

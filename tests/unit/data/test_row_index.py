@@ -147,8 +147,8 @@ def test_a_source_whose_documents_are_all_too_short_is_an_error_not_an_endless_l
 
 def test_a_whole_document_longer_than_a_row_is_an_error():
     with pytest.raises(DataError, match="longer than a row") as caught:
-        build_row_starts(stream_of([3, 9]), packing="whole", seq_len=8, num_rows=4)
-    assert "document 1" in caught.value.where
+        build_row_starts(stream_of([3, 9, 8, 11, 10]), packing="whole", seq_len=8, num_rows=4)
+    assert "document 3" in caught.value.where and caught.value.got == "11 tokens; 3 of 5 documents do not fit"
 
 
 def index_synthetic(num_documents: int, out: np.ndarray) -> float:
