@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial_backward, route
 from moba_kernels.attend import blocks as blocks_module
-from moba_kernels.attend import fused
+from moba_kernels.attend import cpu_flash, fused
 from moba_kernels.attend.blocks import causal_blocks
 from moba_kernels.attend.lists import average_list, chunk_lists, tile_rows_of
 
@@ -58,18 +58,26 @@ def test_parts_of_queries_and_keys_merge_to_the_whole(spec, cut):
 
 
 @pytest.mark.usefixtures("at_any_size")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2)])
-def test_a_kernel_without_grouped_query_attention_serves_one_head_of_a_group_at_a_time(heads, kv_heads, monkeypatch):
-    monkeypatch.setattr(fused, "groups_natively", lambda: False)
-    seen = []
-    real = fused._forward
-    monkeypatch.setattr(
-        fused,
-        "_forward",
-        lambda q, k, *rest, **named: (seen.append((q.shape[1], k.shape[1])), real(q, k, *rest, **named))[1],
-    )
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (3, 1)])
+def test_a_kernel_without_grouped_query_attention_serves_one_head_of_a_group_at_a_time(
+    heads, kv_heads, backend, monkeypatch
+):
+    monkeypatch.setattr(cpu_flash, "groups_natively", lambda: False)
+    forward, backward, seen = cpu_flash.forward, cpu_flash.backward, []
+
+    def watched_forward(q, k, *rest, **named):
+        seen.append((q.shape[1], k.shape[1]))
+        return forward(q, k, *rest, **named)
+
+    def watched_backward(dout, q, k, *rest, **named):
+        seen.append((q.shape[1], k.shape[1]))
+        return backward(dout, q, k, *rest, **named)
+
+    monkeypatch.setattr(cpu_flash, "forward", watched_forward)
+    monkeypatch.setattr(cpu_flash, "backward", watched_backward)
     for spec in (Full(), MoBA(8, 3)):
-        check_against_oracle([0, 11, 50], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
+        check_against_oracle([0, 11, 50], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=[backend])
     assert seen and all(q_heads == k_heads for q_heads, k_heads in seen)
 
 
@@ -78,9 +86,9 @@ def test_the_kernel_is_asked_whether_it_groups_and_not_the_version(monkeypatch):
         wide = k.as_strided((1, 2, 1, 1), (2, 1, 1, 1))
         return wide.clone(), None
 
-    assert fused.groups_natively.__wrapped__() in (True, False)
-    monkeypatch.setattr(fused, "_forward", without_groups)
-    assert not fused.groups_natively.__wrapped__()
+    assert cpu_flash.groups_natively.__wrapped__() in (True, False)
+    monkeypatch.setattr(cpu_flash, "forward", without_groups)
+    assert not cpu_flash.groups_natively.__wrapped__()
 
 
 @pytest.mark.usefixtures("at_any_size")

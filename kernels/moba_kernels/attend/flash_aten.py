@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from . import cpu_flash
 from .flash_lists import Lists
 
 
@@ -29,27 +30,39 @@ class CpuKernels:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         for rows, keys, count in _equal_runs(lists):
-            batch = (_batch(q[rows], count), _batch(k[keys], count), _batch(v[keys], count))
-            out_BHLW, lse_BHL = kernel(*batch, 0.0, lists.causal, scale=scale)
-            out[rows] = out_BHLW.transpose(1, 2).flatten(0, 1)
-            lse[rows] = lse_BHL.transpose(1, 2).flatten(0, 1)
+            of_keys = (_batch(k[keys], count), _batch(v[keys], count))
+            for heads in _heads_at_once(q.shape[1], k.shape[1]):
+                of_rows = _batch(q[rows, heads], count)
+                out_BHLW, lse_BHL = cpu_flash.forward(of_rows, *of_keys, 0.0, lists.causal, scale=scale)
+                out[rows, heads] = out_BHLW.transpose(1, 2).flatten(0, 1)
+                lse[rows, heads] = lse_BHL.transpose(1, 2).flatten(0, 1)
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         for rows, keys, count in _equal_runs(lists):
-            of_rows = [_batch(x[rows], count) for x in (dout, q, out)]
             of_keys = [_batch(x[keys], count) for x in (k, v)]
-            lse_BHL = _batch(lse[rows].unsqueeze(-1), count).squeeze(-1)
-            grads = kernel(of_rows[0], of_rows[1], *of_keys, of_rows[2], lse_BHL, 0.0, lists.causal, scale=scale)
-            for whole, at, part in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
-                whole[at] = part.transpose(1, 2).flatten(0, 1)
+            for heads in _heads_at_once(q.shape[1], k.shape[1]):
+                of_rows = [_batch(x[rows, heads], count) for x in (dout, q, out)]
+                lse_BHL = _batch(lse[rows, heads].unsqueeze(-1), count).squeeze(-1)
+                grads = cpu_flash.backward(*of_rows[:2], *of_keys, of_rows[2], lse_BHL, 0.0, lists.causal, scale=scale)
+                of_q, of_k, of_v = (x.transpose(1, 2).flatten(0, 1) for x in grads)
+                dq[rows, heads] = of_q
+                for whole, part in ((dk, of_k), (dv, of_v)):
+                    if heads.start:  # a further head of the group
+                        whole[keys] += part
+                    else:
+                        whole[keys] = part
         return dq, dk, dv
+
+
+def _heads_at_once(num_heads: int, num_kv_heads: int) -> list[slice]:
+    """Query heads of each kernel call: all, or one of every group where the kernel cannot serve groups."""
+    group = num_heads // num_kv_heads
+    return [slice(None)] if cpu_flash.groups_natively() else [slice(i, None, group) for i in range(group)]
 
 
 def _equal_runs(lists: Lists) -> Iterator[tuple[slice, slice, int]]:

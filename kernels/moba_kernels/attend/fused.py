@@ -18,18 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..ranges import ranges
+from . import cpu_flash
 from .blocks import Block
 from .lists import ChunkList
 from .sums import Gradients, Sums
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Elements of one gathered or computed tensor: 4 MB in fp32 for a list, which stays near the cores; 16 MB for blocks,
 # whose inputs are read in place.
@@ -96,22 +93,10 @@ class _BlockViews:
         return _view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
 
 
-@cache
-def groups_natively() -> bool:
-    """Does the kernel of this PyTorch serve several query heads by one KV head?
-
-    Older ones do not, and without a word take the memory behind a KV head for the next one. Asked of the kernel itself,
-    with memory of known contents there.
-    """
-    keys_BHLD = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
-    out, _ = _forward(torch.ones(1, 2, 1, 1), keys_BHLD[:, :1], keys_BHLD[:, :1], 0.0, False)
-    return bool((out == 0).all())
-
-
 def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[_BlockViews]:
     """A block in parts within BLOCK_ELEMENTS, one of one KV head at least."""
     group = num_heads // num_kv_heads
-    together = group if groups_natively() else 1
+    together = group if cpu_flash.groups_natively() else 1
     size = max(block.num_queries * together, block.num_keys) * dim
     heads = max(1, min(num_kv_heads, BLOCK_ELEMENTS // size))
     count = max(1, BLOCK_ELEMENTS // (size * heads))
@@ -132,7 +117,7 @@ def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, sca
     for views in _block_views(block, num_heads, num_kv_heads, dim):
         q = views.of_queries(q_THD).to(acc).transpose(1, 2)
         k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
-        out, lse = (x.transpose(1, 2) for x in _forward(q, k, v, 0.0, block.causal, scale=scale))
+        out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, 0.0, block.causal, scale=scale))
         into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
         if block.fresh:
             into.copy_(out)
@@ -154,7 +139,7 @@ def backward_block(
         k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
         out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
         lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, block.causal, scale=scale)
+        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, 0.0, block.causal, scale=scale)
         views.of_queries(dq_THD).add_(dq.transpose(1, 2))
         views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
         views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
@@ -177,7 +162,9 @@ def forward_list(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, sca
     for real, padded in of.pieces(LIST_ELEMENTS // dim):
         num_tiles = len(padded) // of.tile_rows
         q = _tiles(q_THD, padded, num_tiles, acc)
-        out, lse = _forward(q, *(_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD)), 0.0, False, scale=scale)
+        out, lse = cpu_flash.forward(
+            q, *(_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD)), 0.0, False, scale=scale
+        )
         # With one head the kernel's [N,M,1,D] is [N,1,M,D] as it lies.
         sums.merge_(real, out.reshape(-1, dim)[: len(real)], lse.reshape(-1)[: len(real)])
 
@@ -198,7 +185,7 @@ def backward_list(
         )
         out = StandIn.fill(dout, at, value)
         k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
         grads.dq.index_add_(0, real, dq.reshape(-1, dim)[: len(real)])
         grads.dk_SKD[keys, of.kv_head] += dk.sum((0, 1))
         grads.dv_SKD[keys, of.kv_head] += dv.sum((0, 1))
