@@ -34,6 +34,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moba_train.parallel.process_groups import destroy_process_groups
+
 # After one rank has failed the others are likely to hang in a collective; this long they may still report.
 GRACE_S = 3.0
 
@@ -118,5 +120,4 @@ def _rank_main(
         message = pickle.dumps((False, traceback.format_exc()))
     writer.send_bytes(message)
     writer.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    destroy_process_groups()

@@ -18,6 +18,7 @@ from moba_train.config.validate import check_world_size
 from moba_train.errors import BackendError, ConfigError
 from moba_train.quiet import quiet_imports
 
+from .process_groups import destroy_process_groups
 from .sentry import collective_timeout_s
 from .watch import Watch
 
@@ -167,8 +168,8 @@ def close_topology(*, keep_process_group: bool = False) -> None:
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_process_group:
-        dist.destroy_process_group()
+    if not keep_process_group:
+        destroy_process_groups()
 
 
 def _launcher_variables() -> dict[str, str]:

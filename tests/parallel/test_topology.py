@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 from moba_train.config.schema import ParallelConfig
 from moba_train.errors import BackendError, ConfigError
-from moba_train.parallel import ranks
+from moba_train.parallel import process_groups, ranks
 from moba_train.parallel.topology import RANK_VARIABLES, _own_device, close_topology, init_topology
 from tests.distributed import run_ranks
 
@@ -71,6 +73,37 @@ def test_tensor_ranks_are_neighbours_then_context_then_data() -> None:
     for result in results:
         assert "4 ranks for tp 1 * cp 3 * pp 1 * dp auto" in result["cp3"]
         assert "torchrun --nproc-per-node 3" in result["cp3"]
+
+
+def _opened_and_closed(rank: int, n: int, times: int) -> int:
+    """Closed at once after a collective, when the group's threads still hold its tensors."""
+    for _ in range(times):
+        close_topology()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        ranks.from_rank_0(lambda: {"step": 1})
+    return times
+
+
+def test_a_group_is_closed_right_after_a_collective_without_a_hang() -> None:
+    assert run_ranks(_opened_and_closed, 1, 50, timeout_s=30.0) == [50]
+
+
+def _kept(rank: int, n: int) -> tuple[bool, bool]:
+    """Is the group still there when nobody names it any more: by default, and where it must not go?"""
+    found = []
+    for last_that_must_not in ("0.1", "99"):
+        process_groups.GROUPS_CAN_GO = last_that_must_not
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        group = weakref.ref(dist.group.WORLD)
+        close_topology()
+        gc.collect()
+        found.append(group() is not None)
+    return found[0], found[1]
+
+
+def test_groups_that_pytorch_cannot_let_go_of_live_until_the_process_ends() -> None:
+    assert run_ranks(_kept, 1) == [(False, True)]
 
 
 def test_a_process_without_a_launcher_is_a_job_of_one_rank(bare_environment: pytest.MonkeyPatch) -> None:
