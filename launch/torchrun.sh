@@ -23,6 +23,10 @@ if [ $# -lt 2 ]; then
   echo "usage: launch/torchrun.sh RANKS_PER_NODE CONFIG [moba-train train options]" >&2
   exit 2
 fi
+if [[ ! $1 =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]]; then
+  echo "launch/torchrun.sh: the first argument is the number of ranks on each node (gpu: one for each GPU), not '$1'" >&2
+  exit 2
+fi
 ranks=$1
 shift
 trap '' USR1

@@ -100,6 +100,14 @@ def test_a_mistake_is_told_once_and_its_exit_code_is_passed_on(workspace: Path) 
     assert not (workspace / "none").exists()
 
 
+@pytest.mark.parametrize("first", ["c.toml", "0", ""])
+def test_a_first_argument_that_is_no_number_of_ranks_is_refused_by_name(tmp_path: Path, first: str) -> None:
+    words = [str(ROOT / "launch" / "torchrun.sh"), first, "c.toml"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"the number of ranks on each node (gpu: one for each GPU), not '{first}'" in done.stderr
+
+
 def test_a_mistake_that_shows_once_the_ranks_have_met_ends_them_in_good_order(workspace: Path) -> None:
     (workspace / "used").mkdir()
     (workspace / "used" / "metrics.jsonl").write_text("")

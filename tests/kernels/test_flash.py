@@ -299,7 +299,11 @@ def test_the_built_in_cuda_adapter_calls_the_kernels_as_pytorch_declares_them():
             torch.empty(n, heads, 64, dtype=torch.bfloat16, device="meta")
             for n, heads in ((5, 4), (problem.k_edges[-1], 2), (problem.k_edges[-1], 2), (5, 4), (5, 4))
         )
-        got, lse = CudaKernels().forward(q, k, v, problem, 0.125)
+        try:
+            got, lse = CudaKernels().forward(q, k, v, problem, 0.125)
+        except BackendError as error:  # PyTorch 2.6; anything else is a failure
+            assert "pads the log-sum-exp of lists" in str(error)
+            pytest.skip(str(error))
         assert got.shape == q.shape and got.dtype == torch.bfloat16
         assert lse.shape == (5, 4) and lse.dtype == torch.float32
         with Arguments() as seen:
