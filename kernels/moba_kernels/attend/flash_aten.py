@@ -30,32 +30,32 @@ class CpuKernels:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
+        heads_at_once = _heads_at_once(q.shape[1], k.shape[1])
         for rows, keys, count in _equal_runs(lists):
             of_keys = (_batch(k[keys], count), _batch(v[keys], count))
-            for heads in _heads_at_once(q.shape[1], k.shape[1]):
+            for heads in heads_at_once:
                 of_rows = _batch(q[rows, heads], count)
                 out_BHLW, lse_BHL = cpu_flash.forward(of_rows, *of_keys, 0.0, lists.causal, scale=scale)
-                out[rows, heads] = out_BHLW.transpose(1, 2).flatten(0, 1)
-                lse[rows, heads] = lse_BHL.transpose(1, 2).flatten(0, 1)
+                out[rows, heads], lse[rows, heads] = _rows(out_BHLW), _rows(lse_BHL)
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        heads_at_once = _heads_at_once(q.shape[1], k.shape[1])
         for rows, keys, count in _equal_runs(lists):
             of_keys = [_batch(x[keys], count) for x in (k, v)]
-            for heads in _heads_at_once(q.shape[1], k.shape[1]):
+            for heads in heads_at_once:
                 of_rows = [_batch(x[rows, heads], count) for x in (dout, q, out)]
                 lse_BHL = _batch(lse[rows, heads].unsqueeze(-1), count).squeeze(-1)
                 grads = cpu_flash.backward(*of_rows[:2], *of_keys, of_rows[2], lse_BHL, 0.0, lists.causal, scale=scale)
-                of_q, of_k, of_v = (x.transpose(1, 2).flatten(0, 1) for x in grads)
-                dq[rows, heads] = of_q
-                for whole, part in ((dk, of_k), (dv, of_v)):
+                dq[rows, heads] = _rows(grads[0])
+                for whole, part in zip((dk, dv), grads[1:], strict=True):
                     if heads.start:  # a further head of the group
-                        whole[keys] += part
+                        whole[keys] += _rows(part)
                     else:
-                        whole[keys] = part
+                        whole[keys] = _rows(part)
         return dq, dk, dv
 
 
@@ -78,6 +78,11 @@ def _equal_runs(lists: Lists) -> Iterator[tuple[slice, slice, int]]:
 def _batch(x_NHW: Tensor, count: int) -> Tensor:
     """[count * L, H, W] -> [count, H, L, W], a view."""
     return x_NHW.view(count, -1, *x_NHW.shape[1:]).transpose(1, 2)
+
+
+def _rows(x_BHL: Tensor) -> Tensor:
+    """[count, H, L, ...] -> [count * L, H, ...], the way back."""
+    return x_BHL.transpose(1, 2).flatten(0, 1)
 
 
 class CudaKernels:
