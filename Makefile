@@ -76,7 +76,8 @@ $(READY_LATEST): pyproject.toml constraints-latest.txt
 	  echo "(on Linux it is made for CUDA and brings 3 GB; the tests run on the CPU all the same)." >&2; exit 1; \
 	fi
 	@$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH_LATEST)'
-	@$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-latest.txt -e .
+	@grep -v '^torch==' constraints-latest.txt \
+	  | $(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin -e .
 	@touch $@
 
 .PHONY: test-latest

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,11 +21,10 @@ from numpy.typing import NDArray
 from moba_train.errors import ConfigError
 
 from . import collectives
+from .differing import tell
 
 Facts = Mapping[str, str]
 """Name -> value as a person would read it. The names, and so the number of digests, are the same on all ranks."""
-_MOST_DETAIL = 200
-"""Characters of a value that a message shows."""
 
 
 def check_agreement(
@@ -35,6 +33,7 @@ def check_agreement(
     *,
     group: dist.ProcessGroup | None,
     replicas: Sequence[Sequence[int]],
+    where: str = "the start of a step, before its first exchange",
 ) -> None:
     """ConfigError on every rank where ranks disagree; it names the ranks and the facts. Collective over `group`.
 
@@ -43,6 +42,7 @@ def check_agreement(
         in_replica: what the ranks of each replica must agree on (their rows).
         group: over gloo; None or one rank agrees with itself.
         replicas: indices into the group, replica by replica.
+        where: is checked.
     """
     if group is None or group.size() == 1:
         return
@@ -58,8 +58,8 @@ def check_agreement(
     dist.all_gather_object(values, {names[i]: facts[names[i]] for i, _ in differing}, group=group)
     raise ConfigError(
         "ranks disagree on what they are about to compute",
-        where="the start of a step, before its first exchange",
-        got="; ".join(_told(names[i], ranks, values) for i, ranks in differing),
+        where=where,
+        got="; ".join(tell(names[i], ranks, values) for i, ranks in differing),
         allowed="the same on all ranks; rows, the same on all ranks that share them",
         fix="start all ranks with the same configuration, code and data files",
     )
@@ -87,31 +87,6 @@ def differences(
             if len(set(table_NF[list(ranks), fact].tolist())) > 1:
                 found.append((fact, ranks))
     return found
-
-
-def _told(name: str, ranks: Sequence[int], values: Sequence[Mapping[str, str]]) -> str:
-    """ "step: 41 on rank 2, 42 on the others"."""
-    counted = Counter(values[rank][name] for rank in ranks)
-    usual = counted.most_common(1)[0][0]
-    pairs = enumerate(zip(min(counted), max(counted), strict=False))
-    common = next((i for i, (a, b) in pairs if a != b), len(min(counted)))  # characters that all values begin with
-    parts = []
-    for value in sorted(counted, key=lambda value: value == usual):
-        who = [str(rank) for rank in ranks if values[rank][name] == value]
-        on = f"rank {', '.join(who[:8])}{' and more' if len(who) > 8 else ''}"
-        parts.append(f"{_excerpt(value, common)} on {on if value != usual or len(who) == 1 else 'the others'}")
-    return f"{name}: {', '.join(parts)}"
-
-
-def _excerpt(value: str, common: int) -> str:
-    """What fits a message of a value that is the same as another for `common` characters: the part ("; " between
-    parts) in which they begin to differ."""
-    start = value.rfind("; ", 0, common) + 2 if "; " in value[:common] else 0
-    if common - start < _MOST_DETAIL // 2:
-        shown = value[start : start + _MOST_DETAIL]
-    else:
-        shown = f"{value[start : start + 30]} ... {value[common - 30 : common + _MOST_DETAIL // 2]}"
-    return shown + (" ..." if not value.endswith(shown[-10:]) else "")
 
 
 __all__ = ["Facts", "check_agreement", "checksum", "differences", "digest"]

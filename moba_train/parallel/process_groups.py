@@ -1,13 +1,83 @@
-"""The end of the process groups, also where PyTorch cannot end them."""
+"""The start and the end of the process groups: ranks meet, and part, also where PyTorch alone would wait in vain."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-GROUPS_CAN_GO = "2.8"  # of PyTorch; torch.__version__ compares by number
+from moba_train.errors import BackendError, ExchangeError
+
+from .differing import name_ranks, tell_differing
+from .watch import plain_text
+
+PLAIN_SINCE = "2.8"
+"""Of PyTorch; torch.__version__ compares by number."""
+
+
+def start_process_group(rank: int, world_size: int, device: torch.device, *, timeout: timedelta) -> None:
+    """The default process group of the ranks that the launcher's variables name: gloo on CPU, NCCL on CUDA. Collective.
+
+    Ranks of which some found a GPU and some did not, or with different PyTorch, could not exchange a byte: their groups
+    would wait for each other until the timeout and name nobody. So all first say in the store what they are.
+
+    Raises BackendError on every rank where they differ, ExchangeError where some have not come within `timeout`, or
+    this rank does not reach the store.
+    """
+    if device.type == "cuda" and torch.__version__ < PLAIN_SINCE:
+        # Else the allocator keeps what an exchange has used until the device has come so far, with the host far ahead:
+        # several strides of keys and values instead of two. `Pending` keeps them as long as is needed.
+        os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
+    store = _store_of_job(rank, world_size, timeout)
+    facts = {"device": device.type, "PyTorch": torch.__version__.split("+")[0]}
+    differing = tell_differing(facts, meet(store, rank, world_size, facts, timeout=timeout))
+    if differing:
+        raise BackendError(
+            "ranks cannot work together",
+            where="the start of the job",
+            got=differing,
+            allowed="the same on all ranks",
+            fix="give all nodes the same environment and working GPU drivers, or set engine.device",
+        )
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def meet(
+    store: Any, rank: int, world_size: int, facts: Mapping[str, str], *, timeout: timedelta
+) -> list[dict[str, str]]:
+    """What every rank says of itself, by rank. Collective over the ranks of a `dist.Store`.
+
+    Raises ExchangeError that names the ranks which have not come within `timeout`.
+    """
+    # A launcher's store outlives the groups that are made over it, and all ranks make as many: each meeting is new.
+    number = store.add(f"moba meetings of rank {rank}", 1)
+    place: Any = dist.PrefixStore(f"moba meeting {number}", store)  # type: ignore[attr-defined]
+    place.append("lines", json.dumps([rank, dict(facts)]) + "\n")
+    if place.add("ranks", 1) == world_size:
+        place.set("complete", "1")
+    try:
+        place.wait(["complete"], timeout)
+    except RuntimeError as error:
+        came = _lines(place)
+        missing = [other for other in range(world_size) if other not in came]
+        raise ExchangeError(
+            f"rank {rank} of {world_size}: at the start of the job {name_ranks(missing)} did not come within "
+            f"{timeout.total_seconds():.0f} s; look at what its node and its launcher printed"
+        ) from error
+    came = _lines(place)
+    return [came[other] for other in range(world_size)]
+
+
+def start_alone(device: torch.device, *, timeout: timedelta) -> None:
+    """The default process group of a process that is a job by itself."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def destroy_process_groups() -> None:
@@ -20,7 +90,30 @@ def destroy_process_groups() -> None:
     """
     if not dist.is_initialized():
         return
-    if torch.__version__ < GROUPS_CAN_GO:
+    if torch.__version__ < PLAIN_SINCE:
         for group in dist.distributed_c10d._world.pg_map:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     dist.destroy_process_group()
+
+
+def _store_of_job(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """Of the launcher, or of rank 0."""
+    try:
+        store: Any = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ExchangeError(
+            f"rank {rank} of {world_size}: at the start of the job ranks did not meet at {address} within "
+            f"{timeout.total_seconds():.0f} s ({plain_text(error)}); look whether all were started, rank 0 first, "
+            "and can reach that address"
+        ) from error
+    store.set_timeout(timeout)
+    return store
+
+
+def _lines(place: Any) -> dict[int, dict[str, str]]:
+    return dict(map(json.loads, place.get("lines").decode().splitlines()))
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

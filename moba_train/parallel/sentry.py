@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from moba_train import last_words
@@ -55,6 +56,12 @@ def answer_time_s(timeout_s: float) -> float:
 def collective_timeout_s(timeout_s: float) -> float:
     """What a collective may take, so that all ranks have spoken and ended within `timeout_s`."""
     return timeout_s - 1.5 * answer_time_s(timeout_s)
+
+
+def device_timeout_s(timeout_s: float, device: torch.device) -> float:
+    """The timeout of a group of this device. NCCL's counts from where an exchange was started, some host time before
+    the sentry's, and ends the process without a word: it is there for ranks whose sentry cannot speak."""
+    return timeout_s if device.type == "cuda" else collective_timeout_s(timeout_s)
 
 
 class Board:
@@ -118,7 +125,7 @@ class Sentry:
     ) -> None:
         self._watch, self._board = watch, board
         self._answer_s = answer_time_s(timeout_s)
-        self._late_s = collective_timeout_s(timeout_s) - self._answer_s
+        self._late_s = collective_timeout_s(timeout_s) - 2 * self._answer_s
         self._poll_s = self._answer_s / 5
         self._stacks = stacks or Stacks(board.rank, None)
         self._say, self._end = say or self._print, end
@@ -341,6 +348,7 @@ __all__ = [
     "Sentry",
     "answer_time_s",
     "collective_timeout_s",
+    "device_timeout_s",
     "guarded",
     "story",
 ]

@@ -18,8 +18,9 @@ from moba_train.config.validate import check_world_size
 from moba_train.errors import BackendError, ConfigError
 from moba_train.quiet import quiet_imports
 
-from .process_groups import destroy_process_groups
-from .sentry import collective_timeout_s
+from .fingerprint import check_agreement
+from .process_groups import destroy_process_groups, start_alone, start_process_group
+from .sentry import collective_timeout_s, device_timeout_s
 from .watch import Watch
 
 with quiet_imports():
@@ -94,8 +95,9 @@ def init_topology(
         save_timeout_s: of `save_group`, where longer: one rank may write for longer than the others.
         start_timeout_s: of `start_group`, where longer: the others wait while rank 0 builds an index of the data.
 
-    Raises ConfigError when the degrees do not multiply to the number of ranks or the launcher's variables are
-    incomplete, BackendError when this process has no CUDA device to itself.
+    Raises ConfigError when the degrees do not multiply to the number of ranks, ranks disagree about them, or the
+    launcher's variables are incomplete; BackendError when this process has no CUDA device to itself, or some ranks use
+    CUDA and some do not; ExchangeError when some do not come.
     """
     env = _launcher_variables()
     world_size = dist.get_world_size() if dist.is_initialized() else int(env.get("WORLD_SIZE", "1"))
@@ -104,19 +106,21 @@ def init_topology(
     if not dist.is_initialized():
         _join(env, device, timeout_s)
     limit_s = collective_timeout_s(timeout_s)
+    control_group = _all_over_gloo(limit_s)
+    # Groups are made by all ranks in one order, so ranks that mean different meshes would wait for each other.
+    mesh = {"mesh": f"tp {parallel.tp}, cp {parallel.cp}, pp {parallel.pp}, dp {dp}"}
+    check_agreement(mesh, {}, group=control_group, replicas=[], where="the start of the job")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         context_parallel_size=parallel.cp,
         pipeline_model_parallel_size=parallel.pp,
-        distributed_timeout_minutes=limit_s / 60,
+        distributed_timeout_minutes=device_timeout_s(timeout_s, device) / 60,
         order="tp-cp-ep-dp-pp",
     )
     if device.type == "cuda":
         # Megatron forks this tracker wherever it would draw dropout; our models draw none, so the seed has no effect.
         model_parallel_cuda_manual_seed(0)
-    control_group, replica_group = _host_groups(
-        replica_ranks(tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, dp=dp), limit_s
-    )
+    replicas = replica_ranks(tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, dp=dp)
     return Topology(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -134,7 +138,7 @@ def init_topology(
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         control_group=control_group,
-        replica_group=replica_group,
+        replica_group=_group_of_replica(replicas, control_group, limit_s),
         save_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(limit_s, save_timeout_s))),
         start_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=max(limit_s, start_timeout_s))),
         device=device,
@@ -209,29 +213,32 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _host_groups(
-    replicas: tuple[tuple[int, ...], ...], timeout_s: float
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Over gloo: (all ranks, the ranks of this replica). The default group is taken where it serves."""
+def _all_over_gloo(timeout_s: float) -> dist.ProcessGroup:
+    """All ranks, over gloo. The default group is taken where it serves."""
     everyone: dist.ProcessGroup | None = dist.group.WORLD
-    timeout = timedelta(seconds=timeout_s)
     if dist.get_backend() != "gloo":
-        everyone = dist.new_group(backend="gloo", timeout=timeout)
+        everyone = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert everyone is not None
+    return everyone
+
+
+def _group_of_replica(
+    replicas: tuple[tuple[int, ...], ...], everyone: dist.ProcessGroup, timeout_s: float
+) -> dist.ProcessGroup:
+    """The ranks of this replica, over gloo."""
+    if len(replicas) == 1:
+        return everyone
     mine = everyone
-    if len(replicas) > 1:
-        for ranks in replicas:
-            group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-            mine = group if dist.get_rank() in ranks else mine
-    return everyone, mine
+    for ranks in replicas:
+        group = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=timeout_s))
+        mine = group if dist.get_rank() in ranks else mine
+    return mine
 
 
 def _join(env: dict[str, str], device: torch.device, timeout_s: float) -> None:
     """Build the default process group: with the ranks that the launcher named, or of one rank."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=collective_timeout_s(timeout_s))
+    timeout = timedelta(seconds=device_timeout_s(timeout_s, device))
     if env:
-        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        start_process_group(int(env["RANK"]), int(env["WORLD_SIZE"]), device, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+        start_alone(device, timeout=timeout)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,6 +34,27 @@ class Event(Protocol):
     def record(self) -> Any: ...
 
     def query(self) -> bool: ...
+
+
+class DeviceEvent:
+    """An event that any thread may ask about.
+
+    A thread that has chosen no device is on the first one, where its question would make a context: half a GiB of GPU 0
+    for every rank of the node.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        """Behind what the current stream has been given."""
+        self._event.record()
+
+    def query(self) -> bool:
+        """Has it happened?"""
+        with torch.cuda.device(self._device):
+            return self._event.query()
 
 
 class Exchange(Protocol):
@@ -71,7 +93,7 @@ class Watch:
 
     Args:
         device: of this rank.
-        new_event: makes an event (tests pass their own).
+        new_event: makes an event; None = of `device` (tests pass their own).
         clock: seconds that only rise.
     """
 
@@ -79,13 +101,13 @@ class Watch:
         self,
         device: torch.device,
         *,
-        new_event: Callable[[], Event] = torch.cuda.Event,
+        new_event: Callable[[], Event] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.is_read = False
         """A sentry reads this watch; without one, nothing is followed."""
         self._runs_ahead = device.type == "cuda"
-        self._new_event = new_event
+        self._new_event = new_event or partial(DeviceEvent, device)
         self._clock = clock
         self._doing = ("starting", clock())
         self._stretch = Stretch("start", "the start")
@@ -198,4 +220,14 @@ def plain_text(error: BaseException) -> str:
     return re.split(r"\. This is typically|\nException raised from", text)[0].strip()
 
 
-__all__ = ["Event", "Exchange", "Limit", "Stretch", "Watch", "is_broken_exchange", "is_timeout", "plain_text"]
+__all__ = [
+    "DeviceEvent",
+    "Event",
+    "Exchange",
+    "Limit",
+    "Stretch",
+    "Watch",
+    "is_broken_exchange",
+    "is_timeout",
+    "plain_text",
+]

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from moba_train.parallel.sentry import (
     Sentry,
     answer_time_s,
     collective_timeout_s,
+    device_timeout_s,
     guarded,
     story,
 )
@@ -223,15 +225,15 @@ class _Event:
 class _Device:
     """A watch of a CUDA rank with a clock and events of our own, and what its sentry says and does."""
 
-    def __init__(self, rank: int, num_ranks: int) -> None:
+    def __init__(self, rank: int, num_ranks: int, clock: Callable[[], float] | None = None) -> None:
         self.now_s, self.events, self.said, self.ended = 0.0, [], [], []
         self.store = _Store()
-        self.watch = Watch(torch.device("cuda"), new_event=self._new, clock=lambda: self.now_s)
+        self.watch = Watch(torch.device("cuda"), new_event=self._new, clock=clock or (lambda: self.now_s))
         self.board = board = Board.__new__(Board)
         board._store, board.rank, board.world_size = self.store, rank, num_ranks
         self.sentry = Sentry(
             self.watch, board, timeout_s=4.0, say=self.said.append, end=self.ended.append
-        )  # answers within 1 s; a device is late after 1.5 s
+        )  # answers within 1 s; a device is late after 0.5 s
         self.watch.is_read = True
 
     def _new(self) -> _Event:
@@ -251,9 +253,9 @@ def test_a_device_that_hangs_in_an_exchange_ends_its_process_with_a_message_befo
     device.exchange(1)
     device.events[0].happened = True
     assert not device.sentry.look() and not device.said
-    device.now_s = 1.0
+    device.now_s = 0.4
     assert not device.sentry.look() and not device.said  # not yet late
-    device.now_s = 2.0
+    device.now_s = 0.6
     assert device.sentry.look()
     assert device.ended == [EXIT_RANKS]
     (message,) = device.said
@@ -261,6 +263,44 @@ def test_a_device_that_hangs_in_an_exchange_ends_its_process_with_a_message_befo
     assert "in step 3: forward, layer 1/4, attention" in message
     assert "rank 0: gone" in message
     assert device.store.kept["alarm"] == b"1" and device.board.is_hang()
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 waits for the others to read what it kept for them
+def test_the_story_is_told_before_nccl_ends_the_process(rank: int) -> None:
+    device = _Device(rank, num_ranks=2, clock=time.monotonic)
+    started_s = time.monotonic()
+    device.exchange(0)
+    with device.sentry:
+        while not device.ended and time.monotonic() < started_s + 20.0:
+            time.sleep(0.02)
+    assert device.ended == [EXIT_RANKS] and "gone" in device.said[0]
+    assert time.monotonic() - started_s < device_timeout_s(4.0, torch.device("cuda")) == 4.0
+
+
+def test_a_thread_that_asks_about_an_event_does_so_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class CudaEvent:
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            asked_on.append(current[-1])
+            return True
+
+    asked_on: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "Event", CudaEvent)
+    watch = Watch(torch.device("cuda", 5))
+    watch.is_read = True
+    with watch.during("step 1"):
+        pass
+    assert watch.late(1.0) == "" and asked_on == [torch.device("cuda", 5)]
 
 
 def test_events_are_used_again_so_that_exchanges_allocate_nothing() -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from moba_train.config.schema import ParallelConfig
-from moba_train.errors import BackendError, ConfigError
+from moba_train.errors import BackendError, ConfigError, ExchangeError
 from moba_train.parallel import process_groups, ranks
+from moba_train.parallel.process_groups import meet, start_process_group
 from moba_train.parallel.topology import RANK_VARIABLES, _own_device, close_topology, init_topology
 from tests.distributed import run_ranks
 
@@ -93,7 +99,7 @@ def _kept(rank: int, n: int) -> tuple[bool, bool]:
     found = []
     close_topology()
     for version in ("0.1", "99"):
-        process_groups.GROUPS_CAN_GO = version
+        process_groups.PLAIN_SINCE = version
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         group = weakref.ref(dist.group.WORLD)
         close_topology()
@@ -129,6 +135,68 @@ def test_half_a_launcher_environment_is_refused(bare_environment: pytest.MonkeyP
     bare_environment.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
         init_topology(ParallelConfig(), device=CPU, timeout_s=30)
+
+
+def _disagree(rank: int, n: int) -> str:
+    try:
+        init_topology(ParallelConfig(cp=2) if rank == 1 else ParallelConfig(tp=2), device=CPU, timeout_s=60)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_mean_different_meshes_are_named_at_once() -> None:
+    for message in run_ranks(_disagree, 4, timeout_s=30.0):
+        assert "tp 1, cp 2, pp 1, dp 2 on rank 1, tp 2, cp 1, pp 1, dp 2 on the others" in message
+        assert "the start of the job" in message
+
+
+def _together(*each: Callable[[], object]) -> list[object]:
+    """What each returns or raises, run as threads."""
+
+    def outcome(run: Callable[[], object]) -> object:
+        try:
+            return run()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(each)) as pool:
+        return [future.result() for future in [pool.submit(outcome, run) for run in each]]
+
+
+def test_ranks_of_which_some_found_no_gpu_are_named_before_they_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # the launcher keeps the store
+    devices = [torch.device("cuda", 0), CPU, torch.device("cuda", 2)]
+    starts = [partial(start_process_group, r, 3, d, timeout=timedelta(seconds=30)) for r, d in enumerate(devices)]
+    for error in _together(*starts):
+        assert isinstance(error, BackendError) and "device: cpu on rank 1, cuda on the others" in str(error)
+        assert "PyTorch" not in str(error)
+    assert not dist.is_initialized()
+
+
+def test_a_rank_that_does_not_come_is_named_and_the_next_meeting_is_a_new_one() -> None:
+    store, says = dist.HashStore(), [{"version": "1"}, {"version": "2"}]
+    come = [partial(meet, store, rank, 2, says[rank], timeout=timedelta(seconds=20)) for rank in range(2)]
+    assert _together(*come) == [says, says]
+    (error,) = _together(partial(meet, store, 1, 2, says[1], timeout=timedelta(seconds=0.2)))
+    assert isinstance(error, ExchangeError) and "rank 1 of 2: at the start of the job rank 0 did not come" in str(error)
+
+
+@pytest.mark.parametrize(("version", "told"), [("2.7.1", "1"), ("2.8.0", None)])
+def test_buffers_of_nccl_are_used_again_also_where_pytorch_must_be_told(
+    version: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_NCCL_AVOID_RECORD_STREAMS", raising=False)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    start_process_group(0, 1, torch.device("cuda", 0), timeout=timedelta(seconds=5))
+    assert os.environ.pop("TORCH_NCCL_AVOID_RECORD_STREAMS", None) == told
 
 
 def test_a_task_of_srun_that_sees_one_device_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
