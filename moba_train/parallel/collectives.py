@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .emulation import ThreadGroup
+from .process_groups import group_among
 
 
 class Work(Protocol):
@@ -49,6 +50,11 @@ class Staged:
     def wait(self) -> None:
         self.work.wait()
         self.received.copy_(self.arriving, non_blocking=True)  # the allocator keeps pinned memory until it is copied
+
+
+def among(group: Any, ranks: tuple[int, ...]) -> Any:
+    """The ranks `ranks` of `group` as a group of their own. Collective over them, the first time."""
+    return group.among(ranks) if isinstance(group, ThreadGroup) else group_among(group, ranks)
 
 
 def all_gather(received: Tensor, sent: Tensor, *, group: Any, stage: bool = False) -> Work:
@@ -117,4 +123,4 @@ def _host_tensor(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
 
 
-__all__ = ["Staged", "Work", "all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
+__all__ = ["Staged", "Work", "all_gather", "all_reduce", "all_to_all", "among", "reduce_scatter"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -29,8 +29,25 @@ R = TypeVar("R")
 class _Table:
     """What the threads of a group share."""
 
-    barrier: threading.Barrier
     slots: list[Any]
+    barrier: threading.Barrier
+    tables: dict[tuple[int, ...], _Table] = field(default_factory=dict)
+    """Of some of the threads, by their ranks."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @staticmethod
+    def of(num_ranks: int) -> _Table:
+        return _Table([None] * num_ranks, threading.Barrier(num_ranks))
+
+    def among(self, ranks: tuple[int, ...]) -> _Table:
+        with self.lock:
+            return self.tables.setdefault(ranks, _Table.of(len(ranks)))
+
+    def abort(self) -> None:
+        """Whoever waits, here or among some, waits no longer."""
+        with self.lock:
+            for table in (self, *self.tables.values()):
+                table.barrier.abort()
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,10 @@ class ThreadGroup:
 
     def rank(self) -> int:
         return self.own_rank
+
+    def among(self, ranks: tuple[int, ...]) -> ThreadGroup:
+        """Some of the ranks, this one among them, as a group of their own."""
+        return replace(self, table=self.table.among(ranks), own_rank=ranks.index(self.own_rank))
 
     def _meet(self, laid_down: Any, take: Callable[[Sequence[Any]], None]) -> None:
         self.table.slots[self.own_rank] = laid_down
@@ -89,7 +110,7 @@ class ThreadGroup:
 
 def run_threads(fn: Callable[[ThreadGroup], R], num_ranks: int) -> list[R]:
     """Run `fn(group)` as `num_ranks` threads; their results in rank order. Raises the first failure of any rank."""
-    table = _Table(threading.Barrier(num_ranks), [None] * num_ranks)
+    table = _Table.of(num_ranks)
     results: dict[int, R] = {}
     failures: list[BaseException] = []
 
@@ -100,7 +121,7 @@ def run_threads(fn: Callable[[ThreadGroup], R], num_ranks: int) -> list[R]:
             pass  # another rank failed; its exception is the one to see
         except BaseException as error:  # raised below, in the caller's thread
             failures.append(error)
-            table.barrier.abort()
+            table.abort()
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(num_ranks)]
     for thread in threads:

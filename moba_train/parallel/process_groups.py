@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from .watch import plain_text
 
 PLAIN_SINCE = "2.8"
 """Of PyTorch; torch.__version__ compares by number."""
+
+_GROUPS_AMONG: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def start_process_group(rank: int, world_size: int, device: torch.device, *, timeout: timedelta) -> None:
@@ -78,6 +81,23 @@ def start_alone(device: torch.device, *, timeout: timedelta) -> None:
     """The default process group of a process that is a job by itself."""
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def group_among(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """The ranks `ranks` of `group`, as a group of their own with the same backend and timeout; made once, then kept.
+
+    Collective over `ranks` alone, the first time: this rank is one of them, and all of them call.
+    """
+    made = _GROUPS_AMONG.setdefault(group, {})
+    if ranks not in made:
+        backend = dist.get_backend(group)
+        device = torch.device("cuda" if backend == "nccl" else "cpu")
+        timeout = group._get_backend(device).options._timeout
+        everyone = dist.get_process_group_ranks(group)
+        made[ranks] = dist.new_group(
+            [everyone[rank] for rank in ranks], timeout=timeout, backend=backend, use_local_synchronization=True
+        )
+    return made[ranks]
 
 
 def destroy_process_groups() -> None:

@@ -5,8 +5,8 @@
     k_NSKD = pending.wait()                                   # CUDA: the current stream waits, the host does not
 
 A wire knows its group, the layer and the transport that use it, so that a broken exchange says which rank was doing
-what. `among(ranks)` restricts it to some ranks of the group, as exchanges inside a node and across nodes do: all ranks
-then call alike, each among its own, and the exchange is an all-to-all in which the others' share is empty.
+what. `among(ranks)` restricts it to some ranks of the group, as exchanges inside a node and across nodes do; these have
+a process group of their own.
 
 Shape letters: N ranks of the wire.
 """
@@ -74,6 +74,8 @@ class Wire:
     """Ranks of the group that this wire joins, ascending; () = all."""
     watch: Watch | None = None
     """Is told what this rank waits for."""
+    joined: Group | None = None
+    """The group of `members`; None = `group`."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -90,33 +92,30 @@ class Wire:
         return self.members.index(self.group.rank()) if self.members else self.group.rank()
 
     def among(self, ranks: Sequence[int]) -> Wire:
-        """The same wire between some ranks of the group only; this rank is one of them."""
-        everyone = len(ranks) == self.group.size()
-        return replace(self, members=() if everyone else tuple(sorted(ranks)))
+        """The same wire between some ranks of the group only, this rank one of them. Collective over them."""
+        if len(ranks) == self.group.size():
+            return replace(self, members=(), joined=None)
+        members = tuple(sorted(ranks))
+        return replace(self, members=members, joined=collectives.among(self.group, members))
 
     def all_gather(self, sent: Tensor, *, phase: str) -> Pending:
         """sent [...], of one shape on all ranks -> [N, ...] in rank order."""
         others = (self.size - 1) * _bytes(sent)
-        if self.members:
-            copies = sent.expand(self.size, *sent.shape).reshape(self.size, *sent.shape)
-            return self._even_all_to_all(copies, lambda received: received, phase)
         self.traffic.add(phase, sent=others, received=others)
         sent = sent.contiguous()
         received = sent.new_empty((self.size, *sent.shape))
         with self.named(phase):
-            work = collectives.all_gather(received.view(-1), sent.view(-1), group=self.group)
+            work = collectives.all_gather(received.view(-1), sent.view(-1), group=self._among)
         return Pending(work, lambda: received, (sent,), self, phase)
 
     def reduce_scatter(self, sent: Tensor, *, phase: str) -> Pending:
         """sent [N, ...], part r for rank r -> [...]: this rank's part, summed over ranks in the dtype of `sent`."""
-        if self.members:
-            return self._even_all_to_all(sent, lambda received: received.sum(0), phase)
         sent = sent.contiguous()
         others = (self.size - 1) * _bytes(sent) // self.size
         self.traffic.add(phase, sent=others, received=others)
         received = sent.new_empty(sent.shape[1:])
         with self.named(phase):
-            work = collectives.reduce_scatter(received.view(-1), sent.view(-1), group=self.group)
+            work = collectives.reduce_scatter(received.view(-1), sent.view(-1), group=self._among)
         return Pending(work, lambda: received, (sent,), self, phase)
 
     def all_reduce(self, x: Tensor, *, phase: str) -> Pending:
@@ -147,9 +146,7 @@ class Wire:
         )
         received = sent.new_empty((sum(received_rows), *sent.shape[1:]))
         with self.named(phase):
-            work = collectives.all_to_all(
-                received, sent, self._of_group(received_rows), self._of_group(sent_rows), group=self.group
-            )
+            work = collectives.all_to_all(received, sent, received_rows, sent_rows, group=self._among)
         return Pending(work, lambda: received, (sent,), self, phase)
 
     @contextmanager
@@ -173,18 +170,9 @@ class Wire:
         where = "" if self.layer is None else f"layer {self.layer}, "
         return f"{where}transport {self.transport or 'none'}, phase {phase}"
 
-    def _even_all_to_all(self, sent: Tensor, finish: Callable[[Tensor], Tensor], phase: str) -> Pending:
-        """sent [N, ...]: one row for every rank of the wire."""
-        pending = self.all_to_all(sent, [1] * self.size, [1] * self.size, phase=phase)
-        arrived = pending.finish
-        return replace(pending, finish=lambda: finish(arrived()))
-
-    def _of_group(self, rows: Sequence[int]) -> list[int]:
-        """Rows for every rank of the group: none for those that the wire does not join."""
-        of_group = [0] * self.group.size()
-        for rank, count in zip(self.ranks, rows, strict=True):
-            of_group[rank] = count
-        return of_group
+    @property
+    def _among(self) -> Group:
+        return self.group if self.joined is None else self.joined
 
 
 def _bytes(x: Tensor) -> int:

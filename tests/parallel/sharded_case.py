@@ -160,12 +160,10 @@ class LoggingWire(Wire):
     logs: tuple[list[str], ...] = ()
 
     def all_gather(self, sent: Tensor, *, phase: str) -> Pending:
-        pending = super().all_gather(sent, phase=phase)
-        return pending if self.members else self._noted(pending)  # among some ranks it is an all-to-all
+        return self._noted(super().all_gather(sent, phase=phase))
 
     def reduce_scatter(self, sent: Tensor, *, phase: str) -> Pending:
-        pending = super().reduce_scatter(sent, phase=phase)
-        return pending if self.members else self._noted(pending)
+        return self._noted(super().reduce_scatter(sent, phase=phase))
 
     def all_to_all(
         self, sent: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], *, phase: str

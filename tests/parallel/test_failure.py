@@ -94,19 +94,20 @@ def _rank_main(body: Body, rank: int, num_ranks: int, port: int, stderr: Path) -
 
 
 def _attend_until_it_breaks(rank: int, watch: Watch, transport: str, fatal: str) -> None:
-    """Rank 2 is killed in the exchange `fatal` of the second of many layers; the others see its connections close."""
+    """The last rank is killed in the exchange `fatal` of the second of many layers; its connections close."""
     group = dist.new_group(timeout=timedelta(seconds=LAUNCH_S))
     assert group is not None
-    if rank == 2:
+    n = group.size()
+    if rank == n - 1:
         _die_in(fatal)
     watch.begin("step 12, forward and backward")
     pack = Pack([0, 1500, 3000])
     generator = torch.Generator().manual_seed(rank)
     for layer in range(20):
-        q, k, v = (torch.randn(1000, 3, 64, generator=generator, requires_grad=True) for _ in range(3))
+        q, k, v = (torch.randn(3000 // n, n, 64, generator=generator, requires_grad=True) for _ in range(3))
         result = context_attend(
             q, k, v, MoBA(128, 2), layout="contiguous", group=group, transport=transport, cu_seqlens=pack,
-            layer=layer, watch=watch,
+            node_ranks=2, layer=layer, watch=watch,
         )  # fmt: skip
         result.out.sum().backward()
         assert q.grad is not None and bool(torch.isfinite(q.grad).all())
@@ -146,6 +147,20 @@ def test_ranks_end_and_name_one_that_was_killed_in_mid_collective(transport: str
         assert "rank 2: gone: it has not answered" in message
         assert "🏖" not in message and ".cc:" not in message  # the library's own words, without its postscript
         assert after_s < TIMEOUT_S
+
+
+@pytest.mark.parametrize("phase", ["forward/qkv", "forward/kv", "backward/dkv"])
+def test_ranks_of_a_grid_end_too_though_not_all_exchange_with_the_one_that_was_killed(
+    phase: str, tmp_path: Path
+) -> None:
+    body = partial(_attend_until_it_breaks, transport="a2a+all_gather", fatal=phase)
+    *survivors, dead = outcomes(body, 4, tmp_path)
+    assert dead[0] == -signal.SIGKILL
+    for code, message, after_s in survivors:
+        assert code == EXIT_RANKS, message
+        assert "rank 3: gone: it has not answered" in message and after_s < TIMEOUT_S
+    mate = survivors[2 if phase == "forward/qkv" else 1][1]  # of its node, or of its place in the other node
+    assert f"of 4: layer 1, transport a2a+all_gather, phase {phase}" in mate
 
 
 def _stall(rank: int, watch: Watch) -> None:

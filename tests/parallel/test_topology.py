@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moba_train.config.schema import ParallelConfig
 from moba_train.errors import BackendError, ConfigError, ExchangeError
 from moba_train.parallel import process_groups, ranks
-from moba_train.parallel.process_groups import meet, start_process_group
+from moba_train.parallel.process_groups import group_among, meet, start_process_group
 from moba_train.parallel.topology import RANK_VARIABLES, _own_device, close_topology, init_topology
 from tests.distributed import run_ranks
 
@@ -135,6 +135,21 @@ def test_half_a_launcher_environment_is_refused(bare_environment: pytest.MonkeyP
     bare_environment.setenv("WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
         init_topology(ParallelConfig(), device=CPU, timeout_s=30)
+
+
+def _grid(rank: int, n: int) -> dict[str, Any]:
+    group = dist.new_group([3, 2, 1, 0], timeout=timedelta(seconds=33))
+    assert group is not None
+    mine = tuple(r for r in range(n) if r % 2 == group.rank() % 2)
+    among = group_among(group, mine)
+    again = group_among(group, mine)
+    timeout = among._get_backend(CPU).options._timeout
+    return {"ranks": _ranks_of(among), "same": again is among, "timeout_s": timeout.total_seconds()}
+
+
+def test_some_ranks_of_a_group_form_one_with_its_timeout_once() -> None:
+    for rank, found in enumerate(run_ranks(_grid, 4)):
+        assert sorted(found["ranks"]) == [rank % 2, rank % 2 + 2] and found["same"] and found["timeout_s"] == 33
 
 
 def _disagree(rank: int, n: int) -> str:
