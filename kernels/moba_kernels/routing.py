@@ -144,6 +144,18 @@ class Routing:
         stored = self._stored[:, first * heads_of_kv : stop * heads_of_kv]
         return Routing(stored, self.spec, self.pack, self.q_positions, complete=self.complete)
 
+    def in_slots(self, kept: int) -> Routing:
+        """The same picks in `kept` slots a query, which must hold them (`stored_picks` does)."""
+        if self._stored.shape[2] == kept:
+            return self
+        signed = self._stored.view(torch.int16) if self._narrow else self._stored  # -1 = none in either width
+        if signed.shape[2] > kept:
+            signed = signed.gather(2, (signed == -1).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :kept])
+        else:
+            signed = torch.nn.functional.pad(signed, (0, kept - signed.shape[2]), value=-1)
+        stored = signed.view(torch.uint16) if self._narrow else signed
+        return Routing(stored, self.spec, self.pack, self.q_positions, complete=self.complete)
+
     @property
     def _narrow(self) -> bool:
         return self._stored.dtype == torch.uint16

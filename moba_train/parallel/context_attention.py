@@ -40,6 +40,7 @@ from moba_kernels.derivative import refuse_second_derivative
 from moba_kernels.dispatch import resolve
 from moba_kernels.pack import planned_pairs_of_lengths
 from moba_kernels.ranges import row_dot
+from moba_kernels.routing import stored_picks
 
 from .a2a import AllToAll
 from .a2a_all_gather import AllToAllAllGather
@@ -127,6 +128,7 @@ def context_attend(
     positions_S = device_positions(pack, cut, group.rank(), q.device)
     if routing is not None:
         check_routing(routing, spec, pack, q, k.shape[1], positions_S)
+        routing = routing.in_slots(stored_picks(routing.spec, pack))  # messages are of one width on all ranks
     elif isinstance(spec, MoBA):
         routing = route_over(wire, q, k, spec, layout=layout, pack=pack, backend=backend)
     call = ShardedCall(

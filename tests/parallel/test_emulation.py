@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moba_kernels import MoBA, Pack, route
+from moba_kernels import MoBA, Pack, Routing, random_routing, route
 from moba_train.parallel import context_attend, route_context
 from moba_train.parallel.cut import Layout, cut_row
 from moba_train.parallel.emulation import ThreadGroup, run_threads
@@ -88,6 +88,36 @@ def test_attention_over_threads_equals_one_rank(num_ranks: int) -> None:
                 check_case(case, group, layout, torch.float32, floor=2e-6)
 
     run_threads(check, num_ranks)
+
+
+@pytest.mark.parametrize("transport", TRANSPORT_NAMES)
+def test_ranks_may_be_given_routings_of_any_width(transport: str) -> None:
+    """The gate's has seven slots here. The second rank's has none, the third's gaps, the last one's one more."""
+    case = Case("one document", (0, 64), MoBA(8, 9), heads=(4, 4))
+    inputs, pack = inputs_of(case), Pack(case.cu_seqlens)
+    picks = random_routing(case.spec, pack=pack, num_heads=4, num_kv_heads=4, seed=1, device="cpu").picks.clone()
+    picks[16:32] = -1
+    picks[32:48, :, 1::2] = -1
+    whole = Routing(picks, case.spec, pack)
+    expected, _ = one_rank(case, inputs, whole, torch.float32, "torch")
+
+    def rank_main(group: ThreadGroup) -> None:
+        rank = group.rank()
+        q, k, v, dout = (my_shard(x, rank, 4, "contiguous") for x in inputs)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        positions = torch.arange(16 * rank, 16 * rank + 16)
+        given = picks[positions]
+        given = {1: given[:, :, :0], 3: torch.nn.functional.pad(given, (1, 0), value=-1)}.get(rank, given)
+        routing = Routing(given, case.spec, pack, positions)
+        result = context_attend(
+            *leaves, case.spec, layout="contiguous", group=group, transport=transport, cu_seqlens=pack,
+            routing=routing, node_ranks=2,
+        )  # fmt: skip
+        grads = torch.autograd.grad(result.out, leaves, dout)
+        for got, one in zip([result.out.detach(), result.lse, *grads], expected, strict=True):
+            assert error_of(got, my_shard(one, rank, 4, "contiguous").double()) < 1e-5
+
+    run_threads(rank_main, 4)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
