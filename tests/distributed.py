@@ -44,14 +44,19 @@ class RankError(AssertionError):
     """One rank failed, died or hung; the message holds the rank's own traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 120.0, method: str = "forkserver"
+) -> list[Any]:
     """Run `fn(rank, n, *args)` on n ranks with a gloo process group; returns the result of each rank, in rank order.
 
     `fn`, `args` and the results travel by pickle. Raises RankError with the traceback of the rank that failed first, or
     with the exit code of a rank that died, or when ranks are still running after `timeout_s` (they are killed).
+
+    Ranks that use a GPU need method="spawn": a process that was forked from one which has asked for GPUs has none.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["tests.preload"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: the system picks a free one
     readers: dict[Connection, int] = {}
     processes: list[BaseProcess] = []

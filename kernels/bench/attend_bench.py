@@ -30,7 +30,8 @@ from moba_bench.shapes import Shape
 from moba_kernels.triton_support import INTERPRETED
 
 DEFAULT_BACKEND = {"cpu": "torch", "cuda": "triton"}
-LARGEST_GATE_CHUNK = {"cpu": 64, "cuda": 256}
+LARGEST_GATE_CHUNK = {"cpu": 64, "cuda": 512}
+"""On a GPU chunks from 512 on take the tile of long runs (`triton_config.is_short`); what is timed must be gated."""
 GPU_BUDGET_S = 510.0
 GRACE_S = 15.0
 """What a shape may take beyond the budget before it is cut off."""

@@ -134,10 +134,11 @@ def context_attend(
     call = ShardedCall(
         spec, pack, cut, group.rank(), wire, positions_S, routing, softmax_scale, backend, node_ranks=node_ranks
     )
-    return _attend_shard(q, k, v, call, TRANSPORTS[transport])
+    return attend_shard(q, k, v, call, TRANSPORTS[transport])
 
 
-def _attend_shard(q: Tensor, k: Tensor, v: Tensor, call: ShardedCall, transport: Transport) -> AttendResult:
+def attend_shard(q: Tensor, k: Tensor, v: Tensor, call: ShardedCall, transport: Transport) -> AttendResult:
+    """`context_attend` with everything decided. Collective over the ranks of the call."""
     tally, spec, pack = PairTally(), call.spec, call.pack
     out, lse = _ContextAttend.apply(q, k, v, call, transport, tally)  # type: ignore[no-untyped-call]
     planned = _planned_pairs(pack, spec, call.cut.pieces[call.rank]) * q.shape[1]

@@ -34,10 +34,10 @@ def all_cases(device: str, *, toy: bool) -> list[Case]:
     base = (
         Shape((150, 83), 4, 2, 64, 32, 3, dtype="bf16") if toy else Shape((900, 483), 8, 2, 128, 128, 4, dtype="bf16")
     )
-    cases = [*_smoke(base), *_dtypes(base), *_dims(base, toy), *_heads(base), *_rows(base, toy), *_partials(base)]
-    cases += _ranks(base, toy)
+    cases = [*_smoke(base), *_long_lists(base, toy)]
     if device == "cuda" and not toy:
         cases += _on_gpu()
+    cases += [*_ranks(base, toy), *_dtypes(base), *_heads(base), *_dims(base, toy), *_rows(base, toy), *_partials(base)]
     return [*cases, *_other_backends(base), *_grid(toy)]
 
 
@@ -50,6 +50,14 @@ def _smoke(base: Shape) -> Iterator[Case]:
     for width in (3, 5):
         run = partial(checks.check_key_conv, 200, base.kv_heads, base.dim, width, "bf16")
         yield Case(f"key conv of width {width}", lambda device, backend, run=run: run(device, backend))  # type: ignore[misc]
+
+
+def _long_lists(base: Shape, toy: bool) -> Iterator[Case]:
+    """Chunks and documents that take the tile of long runs."""
+    long = base if toy else replace(base, documents=(2700, 300), chunk=512, topk=3)
+    for select in ("head", "group"):
+        yield _case("long lists", checks.check_whole, replace(long, select=select))
+    yield _case("scales", checks.check_scales, long)
 
 
 def _dtypes(base: Shape) -> Iterator[Case]:
@@ -107,10 +115,17 @@ def _ranks(base: Shape, toy: bool) -> Iterator[Case]:
 
 
 def _on_gpu() -> Iterator[Case]:
+    row = Shape((40000, 25000), 8, 2, 128, 512, 4, dtype="bf16")
+    yield _case("no host read", checks.check_no_host_read, row)
+    yield Case("groups of one rank over NCCL", lambda device, backend: context.check_nccl(row, backend))
+    for chunk, topk, select in ((128, 8, "head"), (512, 4, "head"), (512, 4, "group")):
+        yield _case("two runs", checks.check_repeats, replace(row, chunk=chunk, topk=topk, select=select))  # type: ignore[arg-type]
+    yield _case("scratch", checks.check_scratch, Shape((131072,), 8, 2, 128, 512, 4, dtype="bf16"))
     yield _case("peak memory", checks.check_peak_memory, Shape((524288,), 8, 8, 128, 8192, 3, dtype="bf16"))
-    for chunk, topk in ((128, 8), (512, 4)):
-        yield _case("two runs", checks.check_repeats, Shape((40000, 25000), 8, 2, 128, chunk, topk, dtype="bf16"))
+    yield _case("long chunks", checks.check_long_row, Shape((70000,), 8, 2, 128, 16384, 3, dtype="bf16"))
     yield _case("beyond 32-bit indices", checks.check_long_row, Shape((1 << 20,), 32, 8, 128, 4096, 3, dtype="bf16"))
+    head_major = Shape((1 << 20,), 18, 1, 128, 4096, 3, dtype="bf16")
+    yield _case("beyond 32-bit indices, head-major", checks.check_long_row, head_major, head_major=True)
 
 
 def _other_backends(base: Shape) -> Iterator[Case]:
@@ -119,6 +134,7 @@ def _other_backends(base: Shape) -> Iterator[Case]:
         for shape in (base, replace(base, select="group", documents=(1, 0, 300))):
             run = partial(_check_backend, checks.check_whole, name, shape)
             yield Case(f"{name} backend {shape.name}", run)
+        yield Case(f"{name} backend, scales", partial(_check_backend, checks.check_scales, name, base))
         small = replace(base, documents=(150, 1, 83), chunk=32, topk=3)
         yield Case(f"{name} backend, parts {small.name}", partial(_check_backend, checks.check_parts, name, small))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from moba_bench.contestants import moba_contestant
@@ -246,12 +247,70 @@ def check_peak_memory(shape: Shape, device: str, backend: str) -> str:
     return f"{peak_gb:.2f} GB"
 
 
-def check_long_row(shape: Shape, device: str, backend: str) -> str:
+def check_scales(shape: Shape, device: str, backend: str) -> str:
+    """Softmax scales that are negative, or nothing."""
+    inputs = make_inputs(shape, "cpu")
+    ids = route(inputs[0], inputs[1], shape.spec, cu_seqlens=shape.pack, backend="reference").chunk_ids
+    worst = 0.0
+    for scale in (-0.125, 0.0):
+        found = []
+        for where, how, dtype in ((device, backend, inputs[0].dtype), ("cpu", "reference", torch.float64)):
+            *leaves, dout = (x.to(where, dtype) for x in inputs)
+            for leaf in leaves:
+                leaf.requires_grad_()
+            routing = Routing.from_chunk_ids(ids.to(where), shape.spec, shape.pack)
+            options = {"cu_seqlens": shape.pack, "routing": routing, "softmax_scale": scale, "backend": how}
+            result = attend(*leaves, shape.spec, **options)
+            found.append((result.out, result.lse, *torch.autograd.grad(result.out, leaves, dout)))
+        for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
+            error = _gap(got, want) / max(1.0, float(want.abs().max()))
+            assert error <= 2e-2, f"{name} at scale {scale}: relative error {error:.3g}, allowed 0.02"
+            worst = max(worst, error)
+    return f"relative error {worst:.1g}"
+
+
+def check_no_host_read(shape: Shape, device: str, backend: str) -> str:
+    """Forward and backward of a row whose tables are there: the host never waits for the device."""
+    assert device == "cuda", "only there does PyTorch notice"
+    contestant = moba_contestant("moba", backend, shape, make_inputs(shape, device))
+    contestant.both()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        contestant.both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "the host does not wait"
+
+
+def check_scratch(shape: Shape, device: str, backend: str) -> str:
+    """Beyond inputs, results and the stored routing at most SCRATCH_BYTES, whatever the density."""
+    from moba_kernels.attend.triton import SCRATCH_BYTES
+
+    assert device == "cuda" and backend == "triton", "the bound is that of the triton backend, read from the allocator"
+    extra = []
+    for topk in (2, shape.topk, 4 * shape.topk):
+        denser = replace(shape, topk=topk)
+        inputs = make_inputs(denser, device)
+        results = sum(x.numel() * x.element_size() for x in (inputs[0], *inputs[:3]))  # out; dq, dk, dv
+        per_row = 4 + 2 * denser.spec.num_picks + 4  # lse, picks, delta
+        known = results + denser.tokens * denser.heads * per_row
+        contestant = moba_contestant("moba", backend, denser, inputs)
+        contestant.both()
+        extra.append(measure_on_gpu(contestant, 0)["beyond"] - known)
+        assert extra[-1] <= SCRATCH_BYTES, f"topk {topk}: {extra[-1] / 2**20:.0f} MiB, allowed {SCRATCH_BYTES >> 20}"
+    return "MiB: " + ", ".join(f"{size / 2**20:.0f}" for size in extra)
+
+
+def check_long_row(shape: Shape, device: str, backend: str, *, head_major: bool = False) -> str:
     """Rows with more elements than a 32-bit index reaches: the last tokens against the torch backend.
 
-    The last tokens' keys are read by the last tokens only, so a short backward gives their dk and dv.
+    The last tokens' keys are read by the last tokens only, so a short backward gives their dk and dv. head_major: q and
+    dout lie in memory head by head.
     """
     q, k, v, dout = make_inputs(shape, device)
+    if head_major:
+        q, dout = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, dout))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     result = attend(*leaves, shape.spec, cu_seqlens=shape.pack, backend=backend, return_routing=True)
     grads = torch.autograd.grad(result.out, leaves, dout)

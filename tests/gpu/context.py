@@ -8,17 +8,22 @@ Letters: T tokens of the row, S of a shard, H query heads, K key/value heads, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from moba_bench.parity import DTYPES, make_inputs
 from moba_bench.shapes import Shape
 from torch import Tensor
 
-from moba_kernels import AttentionSpec, Full, MoBA, Routing, attend, route
+from moba_kernels import AttendResult, AttentionSpec, Full, MoBA, Routing, attend, route
 from moba_train.parallel import context_attend, route_context
-from moba_train.parallel.context_attention import TRANSPORTS
+from moba_train.parallel.context_attention import TRANSPORTS, attend_shard
 from moba_train.parallel.rules import refusals
 from moba_train.parallel.shard import Layout, shard, shard_positions
+from moba_train.parallel.transport import ShardedCall, row_cut
+from moba_train.parallel.wire import Wire
 from tests.distributed import run_ranks
 
 LAYOUTS: tuple[Layout, ...] = ("zigzag", "contiguous")
@@ -30,11 +35,52 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 def check_context(shape: Shape, device: str, backend: str, num_ranks: int, spec: Full | None = None) -> str:
     """Routing on small integers is one rank's, ties included; with one rank's routing forced, out, lse, dq, dk and dv
     err at most twice as much as one rank does, in every transport and layout. Returns a line for the log."""
-    worst = run_ranks(
-        _one_of_the_ranks, num_ranks, shape, device, backend, spec, *_one_rank(shape, device, backend, spec)
-    )
+    found = _one_rank(shape, device, backend, spec)
+    method = "spawn" if device == "cuda" else "forkserver"
+    worst = run_ranks(_one_of_the_ranks, num_ranks, shape, device, backend, spec, *found, method=method)
     error, transports = max(x for x, _ in worst), worst[0][1]
     return f"{num_ranks} ranks on one {device}, {transports} transports: error {error:.2f}x one rank's"
+
+
+def check_nccl(shape: Shape, backend: str, device: str = "cuda") -> str:
+    """Every transport over a group of one rank of its own: NCCL takes what it is given, in stream order, and gives what
+    `attend` gives.
+
+    (Ranks that share a GPU cannot form a larger NCCL group.)
+    """
+    return str(*run_ranks(_alone, 1, shape, backend, device, method="spawn" if device == "cuda" else "forkserver"))
+
+
+def _alone(rank: int, n: int, shape: Shape, backend: str, device: str) -> str:
+    group = dist.new_group([0], backend="nccl" if device == "cuda" else "gloo")
+    assert group is not None
+    q, k, v, dout = make_inputs(shape, device)
+    served = 0
+    for spec in (shape.spec, Full()):
+        whole = attend(q, k, v, spec, cu_seqlens=shape.pack, backend=backend, return_routing=True)
+        alone = partial(attend, spec=spec, cu_seqlens=shape.pack, routing=whole.routing, backend=backend)
+        want = _with_gradients(alone, (q, k, v), dout)
+        cut = row_cut(shape.pack, 1, "contiguous")
+        positions = torch.arange(shape.tokens, device=device)
+        routing = whole.routing.select(positions) if whole.routing is not None else None
+        call = ShardedCall(spec, shape.pack, cut, 0, Wire(group), positions, routing, None, backend)  # type: ignore[arg-type]
+        for name, transport in TRANSPORTS.items():
+            if refusals(name, spec, num_heads=shape.heads, num_kv_heads=shape.kv_heads, num_ranks=1):
+                continue
+            got = _with_gradients(partial(attend_shard, call=call, transport=transport), (q, k, v), dout)
+            for part, x, one in zip(NAMES, got, want, strict=True):
+                error = _gap(x, one) / max(1e-30, float(one.abs().max()))
+                assert error <= 2e-2, f"{name}, {part}: relative error {error:.3g}, allowed 0.02"
+            served += 1
+    return f"{served} transports over a {dist.get_backend(group)} group of one rank"
+
+
+def _with_gradients(run: Callable[..., AttendResult], inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+    """NAMES, in fp64 on the CPU."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    result = run(*leaves)
+    grads = torch.autograd.grad(result.out, leaves, dout)
+    return [x.detach().double().cpu() for x in (result.out, result.lse, *grads)]
 
 
 def _one_rank(
@@ -48,13 +94,10 @@ def _one_rank(
         ids = route(inputs[0], inputs[1], spec, cu_seqlens=shape.pack, backend="reference").chunk_ids
     found = []
     for where, how, dtype in ((device, backend, inputs[0].dtype), ("cpu", "reference", torch.float64)):
-        *leaves, dout = (x.to(where, dtype) for x in inputs)
-        for leaf in leaves:
-            leaf.requires_grad_()
+        *there, dout = (x.to(where, dtype) for x in inputs)
         routing = None if ids is None else Routing.from_chunk_ids(ids.to(where), shape.spec, shape.pack)
-        result = attend(*leaves, spec, cu_seqlens=shape.pack, routing=routing, backend=how)
-        grads = torch.autograd.grad(result.out, leaves, dout)
-        found.append([x.detach().double().cpu() for x in (result.out, result.lse, *grads)])
+        run = partial(attend, spec=spec, cu_seqlens=shape.pack, routing=routing, backend=how)
+        found.append(_with_gradients(run, there, dout))
     return ids, found[0], found[1]
 
 
@@ -86,15 +129,9 @@ def _one_of_the_ranks(
             mine = ids[positions_S].to(device)
             routing = Routing.from_chunk_ids(mine, shape.spec, shape.pack, positions_S.to(device))
         for transport in transports:
-            *leaves, dout = (x.clone() for x in inputs)
-            for leaf in leaves:
-                leaf.requires_grad_()
-            result = context_attend(
-                *leaves, spec, layout=layout, group=group, transport=transport, cu_seqlens=shape.pack, routing=routing,
-                backend=backend, node_ranks=2,
-            )  # fmt: skip
-            grads = torch.autograd.grad(result.out, leaves, dout)
-            got = [x.detach().double().cpu() for x in (result.out, result.lse, *grads)]
+            options = {"layout": layout, "group": group, "transport": transport, "cu_seqlens": shape.pack}
+            options |= {"routing": routing, "backend": backend, "node_ranks": 2}
+            got = _with_gradients(partial(context_attend, spec=spec, **options), inputs[:3], inputs[3])
             for name, x, usual, truth in zip(NAMES, got, one, exact, strict=True):
                 error, peer = _gap(x, shard(truth, 0, **cut)), _gap(usual, truth) + FLOOR[shape.dtype] / 2
                 assert error <= 2 * peer, f"{transport}, {layout}, {name}: error {error:.3g}, one rank's is {peer:.3g}"

@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from moba_bench.shapes import Shape
 
 from moba_kernels import Partial, Routing
 from moba_kernels.attend import torch as torch_backend
 from moba_kernels.pool import torch as torch_pool
 from moba_kernels.route import torch as torch_route
 
-from ..gpu import ROOT, cases, checks, run
+from ..gpu import ROOT, cases, checks, context, run
 
 TOY = {case.name: case for case in cases.all_cases("cpu", toy=True)}
 
@@ -53,6 +54,11 @@ def test_every_kind_of_gpu_check_can_fail(monkeypatch, kind, module, name, chang
     case = next(case for title, case in TOY.items() if title.startswith(kind))
     with pytest.raises(AssertionError):
         case.run("cpu", "torch")
+
+
+def test_the_check_of_groups_of_one_rank_runs_every_transport():
+    shape = Shape((150, 83), 4, 2, 32, 32, 3)
+    assert context.check_nccl(shape, "torch", "cpu") == "9 transports over a gloo group of one rank"
 
 
 def test_new_tensors_are_poisoned_inside_a_check_and_only_there():

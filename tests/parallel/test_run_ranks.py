@@ -34,8 +34,9 @@ def _ranks_hang(rank: int, n: int) -> None:
     time.sleep(60)
 
 
-def test_results_come_back_in_rank_order_and_ranks_have_one_thread() -> None:
-    results = run_ranks(_sum_of_ranks, 3, 10)
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_results_come_back_in_rank_order_and_ranks_have_one_thread(method: str) -> None:
+    results = run_ranks(_sum_of_ranks, 3, 10, method=method)
     assert [(rank, int(total), threads) for rank, total, threads in results] == [(0, 33, 1), (1, 33, 1), (2, 33, 1)]
 
 

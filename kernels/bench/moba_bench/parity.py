@@ -68,7 +68,7 @@ def make_inputs(
 
 
 def check_parity(shape: Shape, backend: str, device: str, seed: int = 0, value_dim: int | None = None) -> Parity:
-    """Compare `backend` on `device` with the reference on the CPU. The shape must be small: the reference is dense."""
+    """Compare `backend` with the reference, both on `device`. The shape must be small: the reference is dense."""
     inputs = make_inputs(shape, "cpu", seed, value_dim)
     q, k, v, dout = (x.to(device) for x in inputs)
     pack, spec = shape.pack, shape.spec
@@ -77,13 +77,13 @@ def check_parity(shape: Shape, backend: str, device: str, seed: int = 0, value_d
     got, computed, planned = run_attend((q, k, v, dout), routing, backend)
     if computed != planned:
         problems.append(f"{computed} pairs were attended, {planned} planned")
-    ids = routing.chunk_ids.cpu()
-    forced = Routing.from_chunk_ids(ids, spec, pack)
-    exact, _, _ = run_attend(tuple(x.double() for x in inputs), forced, "reference")
-    usual = list(plain_attention(q, k, v, dout, allowed_pairs(ids, pack, spec, shape.heads).to(device)))
+    ids = routing.chunk_ids
+    forced = Routing.from_chunk_ids(ids, spec, pack, validate=True)
+    exact, _, _ = run_attend(tuple(x.double() for x in (q, k, v, dout)), forced, "reference")
+    usual = list(plain_attention(q, k, v, dout, allowed_pairs(ids, pack, spec, shape.heads)))
     worst = 0.0
     for i, name in enumerate(("out", "dq", "dk", "dv")):
-        error, *peers = (float((x[i].detach().cpu().double() - exact[i]).abs().max()) for x in (got, *usual))
+        error, *peers = (float((x[i].detach().double() - exact[i]).abs().max()) for x in (got, *usual))
         allowed = max(peers)
         worst = max(worst, error / allowed if allowed else (0.0 if error == 0 else float("inf")))
         room = FP32_ULPS * float(exact[i].abs().max())
@@ -135,10 +135,11 @@ def compare_routing(routing: Routing, q: Tensor, k: Tensor, pack: Pack, spec: Mo
 
 def allowed_pairs(chunk_ids: Tensor, pack: Pack, spec: MoBA, heads: int) -> Tensor:
     """[H,T,T] bool: which keys each query attends to. Picks lie in the query's own document."""
-    chunk_T = torch.from_numpy(pack.chunks(spec.chunk_size).chunk_of_token_T)
+    device = chunk_ids.device
+    chunk_T = torch.from_numpy(pack.chunks(spec.chunk_size).chunk_of_token_T).to(device)
     ids_HTP = chunk_ids.repeat_interleave(heads // chunk_ids.shape[1], 1).transpose(0, 1)
-    token = torch.arange(pack.num_tokens)
-    mask = torch.zeros(heads, pack.num_tokens, pack.num_tokens, dtype=torch.bool)
+    token = torch.arange(pack.num_tokens, device=device)
+    mask = torch.zeros(heads, pack.num_tokens, pack.num_tokens, dtype=torch.bool, device=device)
     for slot in range(ids_HTP.shape[2]):
         mask |= ids_HTP[:, :, slot, None] == chunk_T
     return mask & (token[:, None] >= token)
