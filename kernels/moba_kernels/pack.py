@@ -22,6 +22,12 @@ IntArray = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 
+def device_copy(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """On `device`, in the order of its current stream: from pinned memory, so that the host does not wait for a GPU."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class ChunkTensors(NamedTuple):
     """Device copies of a ChunkGeometry, all int64."""
 
@@ -58,8 +64,12 @@ class ChunkGeometry:
         """Copies on `device`, made once and kept on this object."""
         device = torch.device(device)
         if device not in self._on_device:
-            arrays = (self.start_C, self.end_C, self.doc_C, self.first_chunk_of_doc, self.chunk_of_token_T)
-            self._on_device[device] = ChunkTensors(*(torch.from_numpy(array).to(device) for array in arrays))
+            arrays = (self.start_C, self.end_C, self.doc_C, self.first_chunk_of_doc)
+            start_C, end_C, doc_C, first_chunk_of_doc = (device_copy(array, device) for array in arrays)
+            chunk_C = torch.arange(self.num_chunks, device=device)
+            num_tokens = int((self.end_C - self.start_C).sum())
+            chunk_of_token_T = chunk_C.repeat_interleave(end_C - start_C, output_size=num_tokens)
+            self._on_device[device] = ChunkTensors(start_C, end_C, doc_C, first_chunk_of_doc, chunk_of_token_T)
         return self._on_device[device]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,8 +108,7 @@ class Segments:
         """(edges int64 [segments + 1], covered_C bool [C]) on `device`, copied once and kept on this object."""
         device = torch.device(device)
         if device not in self._on_device:
-            arrays = (self.edges, self.covered_C)
-            self._on_device[device] = tuple(torch.from_numpy(array).to(device) for array in arrays)  # type: ignore[assignment]
+            self._on_device[device] = device_copy(self.edges, device), device_copy(self.covered_C, device)
         return self._on_device[device]
 
     def __getstate__(self) -> dict[str, Any]:

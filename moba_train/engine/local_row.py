@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moba_kernels.pack import device_copy
 from moba_train.config.schema import RopeConfig
 from moba_train.data.row import Row
 from moba_train.model.plan import AttentionSpec
@@ -78,7 +78,7 @@ class RowPlan:
             keep_routing=keep_routing,
         )
         tokens, labels, mask = (
-            torch.from_numpy(_padded(array[context.held], topology.tp))[None].to(topology.device)
+            device_copy(_padded(array[context.held], topology.tp), topology.device)[None]
             for array in (row.tokens_S, row.labels_S, row.loss_mask_S)
         )
         return LocalRow(tokens, labels, mask, context)

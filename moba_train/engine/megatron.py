@@ -16,7 +16,7 @@ from torch import Tensor
 from moba_train.config.schema import EngineConfig, ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
 from moba_train.data.row import Row
 from moba_train.engine.gpt_engine import GptEngine, RowOutput, sharded_parameters, summed_loss
-from moba_train.engine.local_row import LocalRow
+from moba_train.engine.local_row import LocalRow, padded_length
 from moba_train.engine.megatron_optimizer import (
     build_optimizer,
     load_optimizer_state,
@@ -31,6 +31,7 @@ from moba_train.engine.megatron_score import row_scores
 from moba_train.errors import BackendError
 from moba_train.model import megatron_cpu
 from moba_train.model.gpt import FillWeights, Gpt
+from moba_train.parallel.shard import shard_length
 from moba_train.parallel.topology import Topology, init_topology
 from moba_train.quiet import quiet_imports
 
@@ -70,14 +71,14 @@ class MegatronEngine(GptEngine):
         self._ddp.train()
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
-        return self._run(local_rows, len(rows), rows[0].tokens_S.size, summed_loss, forward_only=False)
+        return self._run(local_rows, [row.tokens_S.size for row in rows], summed_loss, forward_only=False)
 
     def _take_step(self, *, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
         return take_step(self._optimizer, lr=lr, clip_grad=self._clip_grad, loss_is_finite=loss_is_finite)
 
     def _evaluate(self, local: LocalRow) -> RowOutput | None:
         last = partial(_scores, topology=self.topology, gpt=self._gpt)
-        found = self._run(iter([local]), 1, local.context.pack.num_tokens, last, forward_only=True)
+        found = self._run(iter([local]), [local.context.pack.num_tokens], last, forward_only=True)
         return found[0] if found else None
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
@@ -99,19 +100,23 @@ class MegatronEngine(GptEngine):
     def _run(
         self,
         rows: Iterator[LocalRow],
-        num_rows: int,
-        seq_len: int,
+        lengths: Sequence[int],
         on_output: Callable[..., Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule over rows: what `on_output` gave for each (on the last pipeline rank, else empty)."""
+        """Megatron's schedule over rows of so many tokens: what `on_output` gave for each (on the last pipeline rank,
+        else empty)."""
+        mesh = self.topology
+        # Rows of one length need no exchange of shapes between stages, during which the host would wait for the device.
+        self._gpt.config.variable_seq_lengths = mesh.pp > 1 and len(set(lengths)) > 1
+        num_local = padded_length(shard_length(lengths[0], mesh.cp, mesh.cp_rank, self._parallel.layout), mesh.tp)
         outputs: list[Any] = self._schedule(
             forward_step_func=partial(_forward, on_output=on_output, with_labels=not forward_only),
             data_iterator=rows,
             model=[self._ddp],
-            num_microbatches=num_rows,
-            seq_length=seq_len,
+            num_microbatches=len(lengths),
+            seq_length=num_local * mesh.cp,  # of the shards; Megatron divides by cp, shards of a row differ by a token
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,

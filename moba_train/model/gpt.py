@@ -114,8 +114,7 @@ def transformer_config(model: ModelConfig, engine: EngineConfig, topology: Topol
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=engine.precision == "bf16",
-        variable_seq_lengths=topology.pp > 1,  # shards of one row differ by a token when the row does not divide
-        moe_token_dispatcher_type="alltoall",  # unused; Megatron's check of variable_seq_lengths reads it
+        batch_p2p_sync=False,  # a wait for the device after every exchange of stages, for PyTorch of long ago
         use_cpu_initialization=True,
         perform_initialization=False,  # `initialize_weights` does it, the same for any mesh
         calculate_per_token_loss=True,

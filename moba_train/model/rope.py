@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moba_kernels.pack import device_copy
 from moba_train.config.schema import RopeConfig
 
 
@@ -61,7 +62,7 @@ def rope_table(rope: RopeConfig, head_dim: int, positions_S: Tensor) -> RopeTabl
         head_dim: D, even.
         positions_S: int64 [S], position of each token in its document; the table lies on the same device.
     """
-    frequencies = inverse_frequencies(rope, head_dim).to(positions_S.device)
+    frequencies = device_copy(inverse_frequencies(rope, head_dim).numpy(), positions_S.device)
     angles = positions_S.to(torch.float64)[:, None, None] * frequencies
     factor = attention_factor(rope)
     return RopeTable((angles.cos() * factor).float(), (angles.sin() * factor).float())

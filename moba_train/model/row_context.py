@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moba_kernels import AttentionSpec, MoBA, Pack, Routing, random_routing
+from moba_kernels.pack import device_copy
 from moba_train.config.schema import RopeConfig
 from moba_train.model.rope import RopeTable, rope_table
 from moba_train.parallel.rules import AUTO_TRANSPORTS, LayerTransports
@@ -118,7 +119,7 @@ def row_context(
     num_ranks = 1 if cp_group is None else cp_group.size()
     rank = 0 if cp_group is None else cp_group.rank()
     positions = shard_positions(pack.num_tokens, num_ranks, rank, layout)
-    offsets_S = torch.from_numpy(document_offsets(positions, pack.cu_seqlens)).to(device)
+    offsets_S = device_copy(document_offsets(positions, pack.cu_seqlens), device)
     return RowContext(
         qkv_format="thd",
         cp_group=cp_group,
@@ -126,7 +127,7 @@ def row_context(
         plan=plan,
         rope=rope_table(rope, head_dim, offsets_S),
         held=positions,
-        positions_S=torch.from_numpy(positions).to(device),
+        positions_S=device_copy(positions, device),
         document_offset_S=offsets_S,
         layout=layout,
         transports=transports,

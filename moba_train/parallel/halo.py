@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moba_kernels import Pack
 from moba_kernels.derivative import refuse_second_derivative
+from moba_kernels.pack import device_copy
 
 from .cut import IntArray, Layout, piece_bounds, piece_owners, shard_length, shard_pieces
 from .traffic import Traffic
@@ -80,7 +81,7 @@ def _on_device(plan: HaloPlan, device: torch.device) -> tuple[_Rows, _Rows]:
 
     def copied(rows: IntArray) -> _Rows:
         slots = np.flatnonzero(rows >= 0)
-        return _Rows(torch.from_numpy(slots).to(device), torch.from_numpy(rows[slots]).to(device), len(rows))
+        return _Rows(device_copy(slots, device), device_copy(rows[slots], device), len(rows))
 
     return copied(plan.sent), copied(plan.taken)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moba_kernels import MoBA, Pack, Routing, mean_keys, pool_sums, route_means
+from moba_kernels.pack import device_copy
 
 from .cut import IntArray, Layout, piece_bounds, piece_owners
 from .shard import pad_rows
@@ -98,7 +99,7 @@ def exchange_plan(
         geometry = pack.chunks(chunk_size)
         counts = (geometry.end_C - geometry.start_C)[owners.straddling]
         arrays = (owners.whole_on(rank), owners.straddling, counts, owners.rows_of_exchange())
-        return ExchangePlan(owners, *(torch.from_numpy(array).to(device) for array in arrays))
+        return ExchangePlan(owners, *(device_copy(array, device) for array in arrays))
 
     return pack.derived(("pooled keys", chunk_size, num_ranks, rank, layout, device), build)
 

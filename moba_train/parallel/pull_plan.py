@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moba_kernels import MoBA, Routing
+from moba_kernels.pack import device_copy
 from moba_kernels.routing import stored_picks
 
 from .cut import IntArray
@@ -153,7 +154,7 @@ def known_plan(call: ShardedCall, num_kv_heads: int, device: torch.device) -> Pu
         asked_NQ = np.ascontiguousarray(wanted_NP[:, held])
         wanted_NK, asked_NK = (np.repeat(x[:, None], num_kv_heads, 1) for x in (wanted_N, asked_NQ @ tokens_P[held]))
         wanted_KP = geometry.own_P.expand(num_kv_heads, -1)
-        asked_NKQ = torch.from_numpy(asked_NQ).to(device)[:, None].expand(-1, num_kv_heads, -1)
+        asked_NKQ = device_copy(asked_NQ, device)[:, None].expand(-1, num_kv_heads, -1)
         return PullPlan(geometry, wanted_KP, asked_NKQ, wanted_NK, asked_NK)
 
     return call.pack.derived(("pull plan", _chunk_size(call), call.cut, call.rank, num_kv_heads, device), build)
@@ -211,13 +212,13 @@ def _geometry(call: ShardedCall, device: torch.device) -> Geometry:
         start, tokens, chunk, owner = (x[order] for x in (_starts(parts), parts.tokens_P, parts.chunk_P, parts.owner_P))
         edges = np.searchsorted(owner, np.arange(cut.num_ranks + 1))
         arrays = (edges, start, tokens, chunk, owner, np.argsort(order))
-        return parts, order, tuple(edges.tolist()), tuple(torch.from_numpy(array).to(device) for array in arrays)
+        return parts, order, tuple(edges.tolist()), tuple(device_copy(array, device) for array in arrays)
 
     def of_rank() -> Geometry:
         parts, order, edges, arrays = call.pack.derived(("pull parts", _chunk_size(call), cut, device), of_row)
         own_P = wanted_by_own_chunks(parts, rank)[order]
         row_Q = np.searchsorted(cut.positions(rank), _starts(parts)[order][edges[rank] : edges[rank + 1]])
-        own, row = (torch.from_numpy(array).to(device) for array in (own_P, row_Q))
+        own, row = (device_copy(array, device) for array in (own_P, row_Q))
         return Geometry(rank, own, row, parts, order, edges, *arrays)
 
     return call.pack.derived(("pull geometry", _chunk_size(call), cut, rank, device), of_rank)
@@ -241,7 +242,7 @@ def _pack_bits(wanted_KP: Tensor, geometry: Geometry, call: ShardedCall) -> Tens
         for start, stop in zip(geometry.edges, geometry.edges[1:], strict=False):
             of_owner = (np.arange(num_kv_heads)[:, None] * num_parts + np.arange(start, stop)).ravel()
             bits += [of_owner, np.full(-len(of_owner) % 8, num_kv_heads * num_parts)]
-        return torch.from_numpy(np.concatenate(bits)).to(wanted_KP.device)
+        return device_copy(np.concatenate(bits), wanted_KP.device)
 
     order = call.pack.derived(("pull bits", _chunk_size(call), call.cut, num_kv_heads, wanted_KP.device), build)
     bits = torch.cat([wanted_KP.flatten(), wanted_KP.new_zeros(1)])[order].view(-1, 8)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moba_kernels import MoBA, Pack, Routing
+from moba_kernels.pack import device_copy
 
 from .cut import Cut, IntArray
 from .transport import HostCopy, ShardedCall
@@ -66,7 +67,7 @@ def device_holders(pack: Pack, chunk_size: int, cut: Cut, device: torch.device) 
     """`chunk_holders` on `device`; made once per row, so that no layer waits for a copy."""
 
     def build() -> Holders:
-        return Holders(*(torch.from_numpy(array).to(device) for array in chunk_holders(pack, chunk_size, cut)))
+        return Holders(*(device_copy(array, device) for array in chunk_holders(pack, chunk_size, cut)))
 
     return pack.derived(("chunk holders", chunk_size, cut, device), build)
 

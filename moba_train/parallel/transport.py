@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moba_kernels import AttentionSpec, Pack, PairTally, Routing
+from moba_kernels.pack import device_copy
 
 from .cut import Cut, IntArray, Layout, cut_row
 from .wire import Wire
@@ -118,7 +119,7 @@ def row_cut(pack: Pack, num_ranks: int, layout: Layout) -> Cut:
 def device_positions(pack: Pack, cut: Cut, rank: int, device: torch.device) -> Tensor:
     """[S] int64: global token indices of a rank's shard on `device`; copied once per row, so that no layer waits."""
     key = ("positions", cut.pieces[rank], device)
-    return pack.derived(key, lambda: torch.from_numpy(cut.positions(rank)).to(device))
+    return pack.derived(key, lambda: device_copy(cut.positions(rank), device))
 
 
 __all__ = ["HostCopy", "Sent", "ShardedCall", "Transport", "device_positions", "row_cut"]

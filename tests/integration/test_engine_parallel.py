@@ -12,9 +12,11 @@ import pytest
 from moba_train.config.schema import OptimizerConfig
 from moba_train.engine.base import RowScores, StepResult
 from moba_train.engine.megatron import MegatronEngine
+from moba_train.quiet import quiet_imports
 from tests.distributed import run_ranks
 from tests.integration.engine_case import (
     CASES,
+    FULL,
     MIXED,
     engine_of,
     gradients,
@@ -25,6 +27,9 @@ from tests.integration.engine_case import (
     same,
     weights,
 )
+
+with quiet_imports():
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 ROWS = (packed_row(1), packed_row(2, (0, 40, 43)), packed_row(3, (0, 3, 20)), packed_row(4, (0, 2, 5)))
 CP_2 = tuple((name, 2, 1, 1) for name in CASES)  # (case, cp, tp, pp)
@@ -140,3 +145,23 @@ def test_ranks_agree_to_skip_a_step_and_train_alike_afterwards() -> None:
     for skipped, untouched, losses in run_ranks(train_after_poison, 2):
         assert skipped and untouched
         assert losses == pytest.approx(reference[2], rel=1e-5)
+
+
+def shapes_told(rank: int, n: int, pp: int) -> tuple[list[float], int]:
+    """Losses of a step with rows of one length, then of one with rows of several; how often stages told shapes."""
+    one_thread()
+    engine = engine_of(FULL, cp=n // pp, pp=pp)
+    told, tell = [], P2PCommunicator._communicate_shapes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P2PCommunicator, "_communicate_shapes", lambda *x, **y: told.append(1) or tell(*x, **y))
+        losses = [engine.train_step([packed_row(1), packed_row(2)], lr=0.0).loss]
+        assert not told, "the host waits for the device there"
+        losses.append(engine.train_step(list(ROWS), lr=0.0).loss)
+    return losses, len(told)
+
+
+def test_stages_tell_shapes_only_where_rows_differ_in_length() -> None:
+    """Four ranks hold shards that differ by a token: 61 tokens over two context-parallel ranks."""
+    ((expected, _),) = run_ranks(shapes_told, 1, 1)
+    for losses, told in run_ranks(shapes_told, 4, 2):
+        assert losses == pytest.approx(expected, rel=1e-6) and told
