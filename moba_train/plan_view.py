@@ -67,6 +67,8 @@ class Plan:
     memory: MemoryPlan
     hardware: str
     """What the transports are chosen for."""
+    host_read_s: float
+    """Seconds that a host read takes there."""
 
     @property
     def at_most(self) -> str:
@@ -94,6 +96,7 @@ def build_plan(config: RunConfig) -> Plan:
         stages=tuple(_stage_plan(config, stage, hardware) for stage in config.stages),
         memory=estimate_memory(config),
         hardware=hardware.name + assumed,
+        host_read_s=hardware.host_read_s,
     )
 
 
@@ -209,7 +212,7 @@ def _transport_lines(plan: Plan) -> list[str]:
         "bytes: what the busiest rank receives, forward and backward of one row; overhead: exposed communication and "
         "uneven attention;",
         "the simplest transport is taken unless another saves a tenth of its overhead and half a percent of attention; "
-        "pull and route_queries hold one host read a MoBA layer",
+        f"pull and route_queries hold one host read a MoBA layer, {format_seconds(plan.host_read_s)} of what is exposed",
     ]
 
 

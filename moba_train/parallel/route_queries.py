@@ -17,8 +17,8 @@ early chunks are picked by all that follow. The rank that holds most of them rec
 2 to 5 times the mean under "contiguous", 1.3 to 2.8 times under "zigzag" (`query_plan.queries_received`).
 
 Every (query, key) pair is computed once, where the key lives. Partials and dQ travel in fp32 (bf16 would spoil
-gradients) and are added in rank order, so results do not depend on arrival. Local keys are attended to while counts
-and queries travel. Routing heads go in strides, one computed while the next one's queries arrive.
+gradients) and are added in rank order, so results do not depend on arrival. Local keys are attended to while the
+host reads the counts and queries travel. Routing heads go in strides, one computed while the next one's queries arrive.
 
 Memory: two strides are in flight; received queries, their picks and the index lists are kept for the backward pass,
 D*e*G + 2*P + 32 bytes a query. A rank can receive more than is expected, N*S*R queries at worst.
@@ -70,7 +70,7 @@ class RouteQueries:
             _Part.of(q_SHD[part], call.positions_S[part], routing.stored[part], call)
             for part in (slice(0, half), slice(half, None))
         ]
-        first_half = halves[0].attend(k_SKD, v_SKD, call, tally)  # while counts travel
+        first_half = halves[0].attend(k_SKD, v_SKD, call, tally)  # while the host reads counts
         strides = wait_for_count()
         sent = [list_queries(call, strides[0])]
         coming: Pending | None = send_queries(q_SHD, strides[0], sent[0], call)

@@ -251,7 +251,7 @@ def _pull(spec: AttentionSpec, heads: HeadShape, row: RowShape, node_ranks: int)
     calls = num_strides(min(row.num_tokens, pieces * longest), heads)
     asked = -(-heads.num_kv_heads * parts.fragments_N // 8)
     found = (
-        Exchange("forward/request", _to_all(row.num_ranks) * asked, hidden="local", host_reads=1),
+        Exchange("forward/request", _to_all(row.num_ranks) * asked, host_reads=1),
         Exchange("forward/kv", rows * heads.kv_bytes, calls, hidden="local"),
         Exchange("backward/kv", rows * heads.kv_bytes, calls, hidden="local"),
         Exchange("backward/dkv", rows.T * heads.dkv_bytes, calls, hidden="strides"),
@@ -271,7 +271,7 @@ def _route_queries(spec: AttentionSpec, heads: HeadShape, row: RowShape, node_ra
     bytes_of_head = (rows.sum() / row.num_ranks * (query + answer)) / routed
     calls = -(-routed // max(1, min(routed, int(QUERY_STRIDE_BYTES / max(1.0, bytes_of_head)))))
     return (
-        Exchange("forward/counts", _to_all(row.num_ranks) * (4.0 * routed), hidden="local", host_reads=1),
+        Exchange("forward/counts", _to_all(row.num_ranks) * (4.0 * routed), host_reads=1),
         Exchange("forward/queries", rows * query, calls, hidden="local"),
         Exchange("forward/out", rows.T * answer, calls, hidden="strides"),
         Exchange("backward/dout", rows * (group * (heads.value_dim * e + 2 * a)), calls, hidden="local"),

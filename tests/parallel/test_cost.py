@@ -18,7 +18,7 @@ from moba_train.parallel.measure import measure
 from moba_train.parallel.rules import TRANSPORT_NAMES
 from moba_train.parallel.shard import shard
 from moba_train.parallel.traffic import Traffic
-from moba_train.parallel.volume import Exchange, HeadShape, RowShape
+from moba_train.parallel.volume import Exchange, HeadShape, RowShape, transport_exchanges
 from tests.parallel.sharded_case import CASES, check_case, inputs_of
 
 MILLION = 1 << 20
@@ -83,6 +83,18 @@ def test_exposed_time_of_an_all_gather_is_worked_out_by_hand() -> None:
     assert cost.compute_s == 18 * 4 * 3.5
     assert cost.balance == 1.0
     assert cost.received_bytes == cost.sent_bytes == 3 * kv
+
+
+@pytest.mark.parametrize("transport", ["pull", "route_queries"])
+def test_nothing_hides_the_question_that_local_attention_is_queued_behind(transport: str) -> None:
+    row = RowShape(64, 2, "contiguous")
+    exposed = {}
+    for host_read_s in (0.0, 7.0):
+        hardware = replace(SLOW, overlap=1.0, host_read_s=host_read_s)
+        exposed[host_read_s] = transport_cost(transport, MoBA(4, 3), ONE_HEAD, [row], hardware, node_ranks=2).exposed_s
+    first = transport_exchanges(transport, MoBA(4, 3), ONE_HEAD, row, node_ranks=2)[0]
+    assert exposed[7.0] - exposed[0.0] == pytest.approx(7.0)
+    assert first.host_reads == 1 and exposed[0.0] >= exchange_seconds(replace(first, host_reads=0), SLOW, node_ranks=2)
 
 
 def test_attention_on_local_keys_hides_what_is_pulled_as_far_as_the_hardware_overlaps() -> None:
