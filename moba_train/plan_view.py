@@ -212,7 +212,7 @@ def _transport_lines(plan: Plan) -> list[str]:
         "bytes: what the busiest rank receives, forward and backward of one row; overhead: exposed communication and "
         "uneven attention;",
         "the simplest transport is taken unless another saves a tenth of its overhead and half a percent of attention; "
-        f"pull and route_queries hold one host read a MoBA layer, {format_seconds(plan.host_read_s)} of what is exposed",
+        f"pull and route_queries hold a host read a MoBA layer, {format_seconds(plan.host_read_s)} of what is exposed",
     ]
 
 

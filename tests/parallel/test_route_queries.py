@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from math import comb
 from typing import Any
 
@@ -29,13 +32,14 @@ from moba_train.parallel.query_plan import (
 )
 from moba_train.parallel.route_queries import RouteQueries
 from moba_train.parallel.traffic import Traffic
-from moba_train.parallel.transport import ShardedCall
+from moba_train.parallel.transport import HostCopy, ShardedCall
 from moba_train.parallel.wire import Group, Wire
 from tests.distributed import run_ranks
 from tests.parallel.sharded_case import (
     CASES,
     LAYOUTS,
     Case,
+    LoggingWire,
     NoHostRead,
     check_case,
     error_of,
@@ -363,3 +367,43 @@ def test_heads_and_positions_arrive_whole_where_their_product_is_past_2_to_the_3
             assert arrived.q_QGD.flatten().tolist() == list(range(num_heads))
 
     run_threads(main, 2)
+
+
+def test_local_keys_are_attended_to_while_the_host_reads_and_while_queries_travel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case("picks", (0, 64), MoBA(8, 4))
+    logs: tuple[list[str], ...] = ([], [])
+    attend, gradients, read = route_queries.attend_partial, route_queries.attend_partial_backward, HostCopy.wait
+
+    def noted(what: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            logs[int(threading.current_thread().name.split()[1])].append(what)
+            return run(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(route_queries, "attend_partial", noted("attend", attend))
+    monkeypatch.setattr(route_queries, "attend_partial_backward", noted("gradients", gradients))
+    monkeypatch.setattr(HostCopy, "wait", noted("read sizes", read))
+    inputs = inputs_of(case)
+    routing = _one_rank_routing(case, inputs)
+
+    def rank_main(group: Group) -> None:
+        call = replace(_call(case, group, "contiguous", routing), wire=LoggingWire(group, logs=logs))
+        q, k, v, dout = (my_shard(x, group.rank(), 2, "contiguous") for x in inputs)
+        sent = RouteQueries().forward(q, k, v, call, PairTally())
+        RouteQueries().backward(dout, sent.lse, sent.saved, sent.kept, call)
+
+    run_threads(rank_main, 2)
+    forward = [
+        *("start forward/counts", "wait forward/counts", "attend", "read sizes"),
+        *("start forward/queries", "attend", "wait forward/queries", "attend"),
+        *("start forward/out", "wait forward/out"),
+    ]
+    backward = [
+        *("start backward/dout", "gradients", "wait backward/dout", "gradients"),
+        *("start backward/dq", "wait backward/dq"),
+    ]
+    for log in logs:
+        assert [what for what, _ in groupby(log)] == [*forward, *backward]  # what arrives is attended to head by head
