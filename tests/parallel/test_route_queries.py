@@ -390,8 +390,8 @@ def test_local_keys_are_attended_to_while_the_host_reads_and_while_queries_trave
     routing = _one_rank_routing(case, inputs)
 
     def rank_main(group: Group) -> None:
-        call = replace(_call(case, group, "contiguous", routing), wire=LoggingWire(group, logs=logs))
-        q, k, v, dout = (my_shard(x, group.rank(), 2, "contiguous") for x in inputs)
+        call = replace(_call(case, group, "zigzag", routing), wire=LoggingWire(group, logs=logs))
+        q, k, v, dout = (my_shard(x, group.rank(), 2, "zigzag") for x in inputs)
         sent = RouteQueries().forward(q, k, v, call, PairTally())
         RouteQueries().backward(dout, sent.lse, sent.saved, sent.kept, call)
 
