@@ -67,6 +67,8 @@ class Compiled:
     """Bytes a program."""
     uses_tf32: bool
     uses_wgmma: bool
+    stores_vectors: bool
+    """16 bytes at a time, somewhere."""
 
     @property
     def violations(self) -> list[str]:
@@ -145,7 +147,15 @@ def compile_job(job: Job) -> Compiled:
     compiled = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"], compiled.metadata.name)
     ptx = compiled.asm["ptx"]
-    return Compiled(job, registers, stack, compiled.metadata.shared, ".tf32" in ptx, "wgmma.mma_async" in ptx)
+    return Compiled(
+        job,
+        registers,
+        stack,
+        compiled.metadata.shared,
+        uses_tf32=".tf32" in ptx,
+        uses_wgmma="wgmma.mma_async" in ptx,
+        stores_vectors=re.search(r"st\.global[.\w]*\.v4\.b32", ptx) is not None,
+    )
 
 
 def _resources(cubin: bytes, name: str) -> tuple[int, int]:

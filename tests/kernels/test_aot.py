@@ -57,6 +57,13 @@ def test_attention_in_bf16_runs_on_hoppers_wgmma(compiled):
     assert not any(one.uses_wgmma for one in compiled if one.job.target == 80)
 
 
+def test_attention_in_bf16_stores_its_results_16_bytes_at_a_time(compiled):
+    kernels = ("causal_forward", "causal_dq", "picks_forward", "picks_dq", "key_gradients_kernel")
+    attention = [one for one in compiled if one.job.dtype == BF16 and one.job.label.split()[0] in kernels]
+    assert len(attention) == len(kernels) * len(TARGETS)
+    assert [one.job.label for one in attention if not one.stores_vectors] == []
+
+
 def test_every_form_is_listed_once_and_all_dtypes_and_dims_are_there():
     jobs = list(jobs_of(aot.ALL_HEAD_DIMS, [BF16, FP16, FP32], [90]))
     assert len({(job.label, job.target) for job in jobs}) == len(jobs)
@@ -102,7 +109,8 @@ def test_a_kernel_with_too_much_shared_memory_is_reported(monkeypatch):
 
 
 def a_result(dtype, dims=(128, 128), target=90, **numbers):
-    usual = {"registers": 200, "stack": 0, "shared": 1000, "uses_tf32": False, "uses_wgmma": True}
+    usual = {"registers": 200, "stack": 0, "shared": 1000}
+    usual |= {"uses_tf32": False, "uses_wgmma": True, "stores_vectors": True}
     return Compiled(Job("module", dims, dtype, target, 0, "kernel"), **(usual | numbers))
 
 

@@ -38,7 +38,7 @@ UNIT_QUERIES = 128
 BYTES_OF_PICK = 4
 BYTES_OF_LIST = 56
 # What a counting sort holds while it runs, whatever its size (triton_lists.py).
-SORT_BYTES = 12 * MAX_COUNTS
+SORT_BYTES = 8 * MAX_COUNTS
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,10 @@ def run_causal_dq(
 
 def _segment_tiles(geometry: DeviceGeometry, num_queries: int, group: int, block_m: int) -> TileTable:
     """The tiles of all segments; a query at hand is `group` rows."""
-    return tile_table(geometry.query_edges_G.diff() * group, block_m, num_queries * group)
+    return geometry.derived(
+        ("segment tiles", group, block_m),
+        lambda: tile_table(geometry.query_edges_G.diff() * group, block_m, num_queries * group),
+    )
 
 
 def _constants(head_dim: int, value_dim: int, group: int, tile: Tile) -> dict[str, int]:

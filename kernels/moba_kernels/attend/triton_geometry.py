@@ -5,12 +5,16 @@ Shape letters: T queries at hand, S keys at hand, G causal segments, C chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .call import AttendCall
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class DeviceGeometry:
     """bool [T]: the query has picks outside its segment (False where its document is covered, and under Full)."""
     num_segments: int
     num_chunks: int
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, key: Hashable, build: Callable[[], D]) -> D:
+        """What follows from it and `key` alone (a table of tiles), whatever the KV head: built once, kept on it."""
+        if key not in self._derived:
+            self._derived[key] = build()
+        kept: D = self._derived[key]
+        return kept
 
 
 def device_geometry(call: AttendCall, device: torch.device) -> DeviceGeometry:

@@ -50,7 +50,7 @@ SUM_WARPS, SUM_STAGES = 4, 2
 def _load_rows(base, row_M, num_rows, stride_t, stride_h, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """[M, BLOCK]: rows of one KV head gathered by row id; zeros for row ids >= num_rows."""
     dim = tl.arange(0, BLOCK)
-    offset_M = (row_M // GROUP).to(tl.int64) * stride_t + (row_M % GROUP) * stride_h
+    offset_M = (row_M // GROUP).to(tl.int64) * stride_t + (row_M % GROUP).to(tl.int64) * stride_h
     mask = (row_M < num_rows)[:, None]
     if DIM < BLOCK:
         mask = mask & (dim < DIM)[None, :]
@@ -81,18 +81,16 @@ def _add_unit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rows_below(first, stop, num_rows, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[M] row ids first .. first + M - 1; num_rows = no row where they reach `stop`."""
-    row_M = first + tl.arange(0, BLOCK_M)
-    return tl.where(row_M < stop, row_M, num_rows)
-
-
-@triton.jit
-def _listed_rows(first, list_rows, entries, num_rows, ROWS_OF_ENTRY: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[M] row ids of rows first .. first + M - 1 of a list; num_rows = no row."""
-    at_M = first + tl.arange(0, BLOCK_M)
-    entry_M = tl.load(entries + at_M // ROWS_OF_ENTRY, mask=at_M < list_rows, other=0)
-    return tl.where(at_M < list_rows, entry_M * ROWS_OF_ENTRY + at_M % ROWS_OF_ENTRY, num_rows)
+def _rows_of_unit(  # type: ignore[no-untyped-def]
+    unit, first, stop, entries, num_rows, ROWS_OF_ENTRY: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """[M] row ids of a unit of the rows first .. stop - 1, or, with entries, of places in a list; num_rows = no row."""
+    at_M = first + unit * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_M = at_M
+    if ROWS_OF_ENTRY > 0:
+        entry_M = tl.load(entries + at_M // ROWS_OF_ENTRY, mask=at_M < stop, other=0)
+        row_M = entry_M * ROWS_OF_ENTRY + at_M % ROWS_OF_ENTRY
+    return tl.where(at_M < stop, row_M, num_rows)
 
 
 @triton.jit
@@ -125,7 +123,7 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
     stride_qt, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_ot, stride_oh,
     stride_dks, stride_dkh, stride_dvs, stride_dvh,
     GROUP: tl.constexpr, ROWS_OF_ENTRY: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One item: units first_unit .. stop_unit - 1 of a tile (tables: triton_key_tables.py)."""
     item = items + tl.program_id(0) * 4
@@ -146,7 +144,7 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
     dk_ND, dv_NE = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     diagonal_units = tl.cdiv(whole - diagonal, BLOCK_M)
     for unit in range(first_unit, tl.minimum(stop_unit, diagonal_units)):
-        row_M = _rows_below(diagonal + unit * BLOCK_M, whole, num_rows, BLOCK_M)
+        row_M = _rows_of_unit(unit, diagonal, whole, entries, num_rows, 0, BLOCK_M)
         visible_M = tl.load(visible + row_M // GROUP, mask=row_M < num_rows, other=0)
         dk_ND, dv_NE = _add_unit(
             dk_ND, dv_NE, k_ND, v_NE, row_M, visible_M, key_N, q, dout, lse, delta, scale_log2, num_rows,
@@ -155,23 +153,25 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
     if ROWS_OF_ENTRY > 0:
         edge = list_edges + (kv * num_chunks + tl.load(tile + 5)).to(tl.int64) * num_slots
         entries += tl.load(edge)
-        list_rows = (tl.load(edge + num_slots) - tl.load(edge)).to(tl.int32) * ROWS_OF_ENTRY
+        whole = 0
+        rows_stop = (tl.load(edge + num_slots) - tl.load(edge)).to(tl.int32) * ROWS_OF_ENTRY
     first_unit = tl.maximum(first_unit - diagonal_units, 0)
-    if ROWS_OF_ENTRY > 0:
-        row_M = _listed_rows(first_unit * BLOCK_M, list_rows, entries, num_rows, ROWS_OF_ENTRY, BLOCK_M)
-    else:
-        row_M = _rows_below(whole + first_unit * BLOCK_M, rows_stop, num_rows, BLOCK_M)
-    for unit in range(first_unit + 1, stop_unit - diagonal_units + 1):
-        # One unit ahead by hand: a pipelined load of indices would make every step wait for all copies under way.
-        if ROWS_OF_ENTRY > 0:
-            next_M = _listed_rows(unit * BLOCK_M, list_rows, entries, num_rows, ROWS_OF_ENTRY, BLOCK_M)
-        else:
-            next_M = _rows_below(whole + unit * BLOCK_M, rows_stop, num_rows, BLOCK_M)
+    # Row ids ahead by hand: a pipelined load of indices would make every step wait for all copies under way.
+    row_M = _rows_of_unit(first_unit, whole, rows_stop, entries, num_rows, ROWS_OF_ENTRY, BLOCK_M)
+    if AHEAD == 2:
+        next_M = _rows_of_unit(first_unit + 1, whole, rows_stop, entries, num_rows, ROWS_OF_ENTRY, BLOCK_M)
+    for unit in range(first_unit + AHEAD, stop_unit - diagonal_units + AHEAD):
+        last_M = _rows_of_unit(unit, whole, rows_stop, entries, num_rows, ROWS_OF_ENTRY, BLOCK_M)
         dk_ND, dv_NE = _add_unit(
             dk_ND, dv_NE, k_ND, v_NE, row_M, row_M, key_N, q, dout, lse, delta, scale_log2, num_rows,
             stride_qt, stride_qh, stride_ot, stride_oh, GROUP, DIM, VALUE_DIM, False,
         )  # fmt: skip
-        row_M = next_M
+        if AHEAD == 2:
+            # The minimum changes nothing. Ids that are merely handed on would be waited for before the products.
+            row_M = tl.minimum(next_M, num_rows)
+            next_M = last_M
+        else:
+            row_M = last_M
     dk_ND *= scale
     if slot < 0:
         _store_tile(dk + kv_at * stride_dkh, dk_ND, key_N, key_stop, stride_dks, DIM)
@@ -232,12 +232,18 @@ def key_blocks(head_dim: int, value_dim: int, dtype: torch.dtype, target: int, k
         return KeyBlocks(32, block_n, 8, 2)
     if target == 80 and dim <= 64 and block_n > 32:
         return KeyBlocks(32, block_n, block_n // 16, 3)
-    if dim in (32, 128) and block_n == 32 and target != 80:
+    if block_n == 32 and (dim == 128 or (dim == 32 and target != 80)):
         return KeyBlocks(32, 32, 4, 3)
     masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
     if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
         return KeyBlocks(32, 128, 8, 4)
     return KeyBlocks(64, block_n, 8 if block_n == 128 or (dim == 128 and block_n == 64) else 4, 3)
+
+
+def _units_ahead(blocks: KeyBlocks, head_dim: int, dtype: torch.dtype, target: int, *, picks: bool) -> int:
+    """How many units before their use row ids are asked for: two of a list, where that does not take the last
+    registers."""
+    return 2 if picks and target == 90 and blocks.block_n != 64 and head_dim <= 128 and dtype != torch.float32 else 1
 
 
 def _rows_first(x_TH: Tensor, num_kv_heads: int, spare: float) -> Tensor:
@@ -288,8 +294,9 @@ def key_gradients(
     usual = longest_segment(call) if lists is None or call.routing is None else call.routing.spec.chunk_size
     blocks = key_blocks(q.shape[2], v.shape[2], q.dtype, target_of(q.device), usual, picks=lists is not None)
     dims = _dims(q.shape[2], v.shape[2], blocks)
+    ahead = _units_ahead(blocks, q.shape[2], q.dtype, target_of(q.device), picks=lists is not None)
     width = dims["BLOCK_D"] + dims["BLOCK_E"]
-    tiles = key_tiles(call, geometry, blocks.block_n, num_keys)
+    tiles = geometry.derived(("key tiles", blocks.block_n), lambda: key_tiles(call, geometry, blocks.block_n, num_keys))
     most = _most_units(call, lists, heads * tiles.shape[0], num_queries, group, blocks, usual)
     num_pieces = min(SCRATCH_BYTES // (4 * blocks.block_n * width), 2 * most // MIN_UNITS)
     table = key_items(tiles, lists, heads, group, blocks.block_m, num_pieces, MIN_UNITS)
@@ -301,7 +308,7 @@ def key_gradients(
         geometry.num_chunks, 1 if lists is None else lists.num_slots,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
         GROUP=group, ROWS_OF_ENTRY=0 if lists is None else group // lists.rows_per_query,
-        BLOCK_M=blocks.block_m, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **dims,
+        BLOCK_M=blocks.block_m, AHEAD=ahead, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **dims,
     )  # fmt: skip
     if num_pieces:
         sum_pieces_kernel[(table.sums.shape[0], blocks.block_n // SUM_ROWS)](
@@ -352,7 +359,8 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
         forms = [(blocks, rows, dtype) for rows, of_rows in shapes.items() for blocks in of_rows]
         forms += [(shapes[1][0], 1, torch.float32)] if dtype != torch.float32 else []
         for blocks, rows_of_entry, result in forms:
-            constants = {"GROUP": 4, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m}
+            ahead = _units_ahead(blocks, head_dim, dtype, target, picks=rows_of_entry > 0)
+            constants = {"GROUP": 4, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m, "AHEAD": ahead}
             constants |= _dims(head_dim, value_dim, blocks)
             what = {0: "full", 1: "head", 4: "group"}[rows_of_entry]
             yield _variant(key_gradients_kernel, what, dtype, result, constants, blocks.num_warps, blocks.num_stages)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..triton_math import Variant
 from .triton_geometry import DeviceGeometry
 
-# Counts of all (list, part) at a time: 4 bytes each, and 8 for the running sum.
+# Counts of all (list, part) at a time.
 MAX_COUNTS = 1 << 23
 # Pairs that one program places at least, and at a time: each step waits for the one before it.
 MIN_PART_PAIRS = 1024
@@ -63,7 +63,7 @@ def _picked_list(  # type: ignore[no-untyped-def]
 ):
     """(list, valid) of some pairs of one KV head and slot; a pair is query * HEADS + head."""
     query = (pair // HEADS).to(tl.int64)
-    head = kv * HEADS + pair % HEADS
+    head = (kv * HEADS + pair % HEADS).to(tl.int64)
     valid = pair < stop
     valid = valid & (tl.load(picking + query, mask=valid, other=0) != 0)
     chunk = tl.load(picks + query * stride_pt + head * stride_ph + slot, mask=valid, other=-1).to(tl.int32)
@@ -82,13 +82,13 @@ def count_picks(  # type: ignore[no-untyped-def]
     picks, picking, key_edges, counts, num_pairs, part_pairs, num_parts, num_chunks, num_slots, stride_pt, stride_ph,
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """counts[list, part] += picks. Grid: (blocks of pairs, KV heads, slots)."""
+    """counts[1 + list * parts + part] += picks. Grid: (blocks of pairs, KV heads, slots)."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which, valid = _picked_list(
         picks, picking, key_edges, pair, num_pairs, tl.program_id(1), tl.program_id(2), num_chunks, num_slots,
         stride_pt, stride_ph, HEADS,
     )  # fmt: skip
-    tl.atomic_add(counts + which.to(tl.int64) * num_parts + pair // part_pairs, 1, mask=valid, sem="relaxed")
+    tl.atomic_add(counts + 1 + which.to(tl.int64) * num_parts + pair // part_pairs, 1, mask=valid, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_UNALIGNED)
@@ -126,7 +126,7 @@ def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int)
         stored_TRP: `Routing.stored` of these queries and of the routing heads of these KV heads; R / num_kv_heads is
             H/K under select="head" and 1 under "group". Any strides; copied unless the last dim is contiguous.
         geometry: its picking_T is that of these queries.
-    Scratch: 4 bytes an entry and 12 a count, MAX_COUNTS counts or one a list, whichever is more.
+    Scratch: 4 bytes an entry and 8 a count, MAX_COUNTS counts or one a list, whichever is more.
     """
     num_queries, routed, num_slots = stored_TRP.shape
     heads = routed // num_kv_heads
@@ -135,7 +135,7 @@ def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int)
     part_pairs = -(-num_pairs // (num_parts * STEP_PAIRS)) * STEP_PAIRS
     num_parts = -(-num_pairs // part_pairs)
     device = stored_TRP.device
-    counts = torch.zeros(num_lists, num_parts, dtype=torch.int32, device=device)
+    counts = torch.zeros(1 + num_lists * num_parts, dtype=torch.int64, device=device)
     entries = torch.empty(num_kv_heads * num_pairs * num_slots, dtype=torch.int32, device=device)
     picks = stored_TRP.view(torch.int16) if stored_TRP.dtype == torch.uint16 else stored_TRP
     picks = picks if picks.stride(2) == 1 else picks.contiguous()
@@ -145,8 +145,7 @@ def build_lists(stored_TRP: Tensor, geometry: DeviceGeometry, num_kv_heads: int)
     count_picks[grid](
         picks, picking, geometry.key_edges_C, counts, *sizes, HEADS=heads, BLOCK=COUNTED_PAIRS, num_stages=1
     )
-    places = torch.zeros(num_lists * num_parts + 1, dtype=torch.int64, device=device)
-    torch.cumsum(counts.view(-1), 0, out=places[1:])
+    places = counts.cumsum_(0)  # int64 from the start: PyTorch would copy counts of another dtype to add them up
     edges = places[::num_parts].clone()
     grid = (num_parts, num_kv_heads, num_slots)
     place_picks[grid](
@@ -163,7 +162,7 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
     for picks, heads in product(("i16", "i32"), (1, 4)):
         types = {"picks": f"*{picks}", "picking": "*i8", "key_edges": "*i32", **dict.fromkeys(integers, "i32")}
         for kernel, pointers, block, warps in (
-            (count_picks, {"counts": "*i32"}, COUNTED_PAIRS, 4),
+            (count_picks, {"counts": "*i64"}, COUNTED_PAIRS, 4),
             (place_picks, {"places": "*i64", "entries": "*i32"}, STEP_PAIRS, PLACING_WARPS),
         ):
             yield Variant(

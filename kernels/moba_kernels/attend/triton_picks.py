@@ -28,7 +28,6 @@ from .triton_tile import (
     load_log2_sum,
     load_rows,
     query_gradient,
-    store_marked_rows,
     store_rows,
 )
 
@@ -99,10 +98,7 @@ def picks_forward(  # type: ignore[no-untyped-def]
         scale * LOG2_E, D, DP, V, VP, N,
     )  # fmt: skip
     result, log_sum = finish_softmax(acc, top, total)
-    if M > 64:  # with smaller tiles it is the marks that spill
-        store_marked_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
-    else:
-        store_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
+    store_rows(out, query * stride_ot + head * stride_oh, result, valid, M, V, VP)
     tl.store(lse + query * stride_lt + head, log_sum, mask=valid)
     program = slot.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(attended + program, tl.minimum(num_rows - begin, M).to(tl.int64) * (stop - first))
@@ -137,7 +133,7 @@ def picks_dq(  # type: ignore[no-untyped-def]
         first, first + (stop - first) // N * N, stop, tl.zeros((M,), tl.int32) + stop,
         scale * LOG2_E, D, DP, V, VP, N,
     )  # fmt: skip
-    store_marked_rows(dq, query * stride_gt + head * stride_gh, acc, valid, M, D, DP)
+    store_rows(dq, query * stride_gt + head * stride_gh, acc, valid, M, D, DP)
 
 
 def run_picks_forward(

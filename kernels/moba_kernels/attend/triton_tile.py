@@ -26,24 +26,13 @@ def load_rows(base, at_M, valid_M, D: tl.constexpr, DP: tl.constexpr):  # type: 
 
 @triton.jit
 def store_rows(base, at_M, x, valid_M, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The counterpart of `load_rows`; x is rounded to the dtype it is stored in."""
-    # Offsets wait through the loop over keys as one number a row. Without the exchange the compiler works them out in
-    # the layout of the store, sixteen rows a thread, and spills.
-    at_M = tl.gather(at_M, tl.arange(0, M), 0)
-    _store(base, at_M, x, valid_M, D, DP)
-
-
-@triton.jit
-def store_marked_rows(base, at_M, x, valid_M, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`store_rows` that lets validity wait with the offset, as -1: one register less in the loop over keys."""
-    at_M = tl.gather(tl.where(valid_M, at_M, -1), tl.arange(0, M), 0)
-    _store(base, at_M, x, at_M >= 0, D, DP)
-
-
-@triton.jit
-def _store(base, at_M, x, valid_M, D: tl.constexpr, DP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The counterpart of `load_rows`; x is rounded to the dtype it is stored in. Row strides: multiples of 16."""
+    # Offset and validity wait through the loop over keys as one number a row. Without the exchange the compiler works
+    # them out in the layout of the store, and spills. It cannot see through the exchange: unless told that rows begin
+    # at multiples of 16, it stores them element by element.
+    at_M = tl.multiple_of(tl.gather(tl.where(valid_M, at_M, -16), tl.arange(0, M), 0), 16)
     dim = tl.arange(0, DP)
-    mask = valid_M[:, None]
+    mask = (at_M >= 0)[:, None]
     if DP != D:
         mask = mask & (dim[None, :] < D)
     tl.store(base + at_M[:, None] + dim[None, :], narrow(x, base.dtype.element_ty), mask=mask)
@@ -124,7 +113,7 @@ def fold_keys(  # type: ignore[no-untyped-def]
 def finish_softmax(acc, top, total):  # type: ignore[no-untyped-def]
     """(out, lse): normalised, natural log; a row that has seen nothing gives 0 and -inf."""
     total = tl.where(total == 0.0, 1.0, total)  # top is -inf then
-    return acc / total[:, None], (top + tl.log2(total)) * LN_2
+    return acc * (1.0 / total)[:, None], (top + tl.log2(total)) * LN_2
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from moba_kernels import (
     random_routing,
 )
 from moba_kernels.attend import triton as backend
-from moba_kernels.attend import triton_causal, triton_config, triton_lists, triton_picks
+from moba_kernels.attend import triton_causal, triton_config, triton_keys, triton_lists, triton_picks
 from moba_kernels.attend.call import AttendCall
 from moba_kernels.attend.reference import mask_of_head
 from tests.kernels.inputs import assert_close, make_qkv
@@ -226,6 +226,17 @@ def test_work_in_units_gives_the_same_numbers(monkeypatch, dtype):
         ):
             assert_close(got, want.detach(), 3e-6 if got.dtype == FP32 else 2.0**-7 * float(want.detach().abs().max()))
         assert parts[0].report.computed_pairs == whole[0].report.computed_pairs
+
+
+def test_kv_heads_one_at_a_time_share_the_tables_that_none_of_them_changes(monkeypatch):
+    pack, spec, made = Pack([0, 90, 300]), MoBA(32, 3), []
+    monkeypatch.setattr(backend, "SORT_BYTES", 0)
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 150_000)  # as in the test above
+    for module, name in ((triton_causal, "tile_table"), (triton_keys, "key_tiles")):
+        make = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, make=make: made.append(name) or make(*a))
+    run(*make_qkv([0, 90, 300], dim=32, dtype=BF16), spec, pack, routing_of(spec, pack, 4, 2))
+    assert sorted(made) == ["key_tiles", "tile_table", "tile_table"]  # a forward and a backward
 
 
 def test_units_cover_every_query_and_head_once_and_fit():

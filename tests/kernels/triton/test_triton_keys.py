@@ -198,6 +198,19 @@ def test_kv_heads_one_by_one_are_bitwise_the_same_as_together_and_so_is_a_second
         assert all(torch.equal(a, b) for a, b in zip(together, other, strict=True))
 
 
+def test_heads_so_far_apart_in_memory_that_offsets_take_64_bits(tmp_path):
+    q, k, v, dout = make_qkv([0, 20], 3, 1, 32, dtype=BF16)
+    call = call_of([0, 20], Full(), 3, 1)
+    lse, delta = global_lse_and_delta(q, k, v, dout, call)
+    apart, before = 2**31 - 32, 64  # in 32 bits, twice `apart` would lie 64 elements before the first head
+    # A file with a hole: only what is touched takes memory.
+    elements = torch.from_file(str(tmp_path / "q"), shared=True, size=before + 2 * apart + q.numel(), dtype=BF16)
+    far = elements[before:].as_strided(q.shape, (32, apart, 1))
+    far.copy_(q)
+    want, got = (gradients(dout, x, k, v, lse, delta, call) for x in (q, far))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_other_kv_heads_are_left_alone():
     q, k, v, dout = make_qkv(CU, 4, 2, 32, dtype=FP32)
     call = call_of(CU, MoBA(16, 3), 4, 2)
