@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_math import LOG2_E, TRITON_TYPE, Variant
-from .triton_config import Kind, Tile, key_blocks, padded, tile_of, variant
+from .triton_config import Kind, Tile, groups_of_variants, key_blocks, padded, tile_of, variant
 from .triton_geometry import DeviceGeometry
 from .triton_tables import TileTable, tile_table
 from .triton_tile import finish_softmax, fold_keys, load_log2_sum, load_rows, query_gradient, store_rows
@@ -174,19 +174,25 @@ def _constants(head_dim: int, value_dim: int, group: int, tile: Tile) -> dict[st
 
 
 def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], target: int) -> Iterator[Variant]:
-    """The compiled forms that launches use, for groups of 4 heads: results in the inputs' dtype, and fp32 for scratch
-    and partials."""
-    for (head_dim, value_dim), dtype, short in product(head_dims, dtypes, (False, True)):
-        narrow, wide = TRITON_TYPE[dtype], "fp32"
-        for result in dict.fromkeys((narrow, wide)):
-            kinds: tuple[tuple[Kind, Any, dict[str, str]], ...] = (
-                ("causal forward", causal_forward, {"out": result, "attended": "i64", "scored": "i64"}),
-                ("causal dq", causal_dq, {"dout": narrow, "dq": result, "delta": "fp32"}),
-            )
-            label = f"{'short' if short else 'long'}, {result} result"
-            for kind, kernel, pointers in kinds:
-                tile = tile_of(kind, head_dim, value_dim, dtype, target, short=short)
-                yield variant(
-                    kernel, {"q": narrow, "k": narrow, "v": narrow, "lse": "fp32", **pointers},
-                    _constants(head_dim, value_dim, 4, tile), tile, dtype, target, _GENERAL, label,
-                )  # fmt: skip
+    """The compiled forms that launches use: results in the inputs' dtype, and fp32 for scratch and partials."""
+    for (head_dim, value_dim), dtype in product(head_dims, dtypes):
+        for group, short in product(groups_of_variants(head_dim, value_dim, dtype), (False, True)):
+            yield from _variants_of(head_dim, value_dim, dtype, target, group, short=short)
+
+
+def _variants_of(
+    head_dim: int, value_dim: int, dtype: torch.dtype, target: int, group: int, *, short: bool
+) -> Iterator[Variant]:
+    narrow, wide = TRITON_TYPE[dtype], "fp32"
+    for result in dict.fromkeys((narrow, wide)):
+        kinds: tuple[tuple[Kind, Any, dict[str, str]], ...] = (
+            ("causal forward", causal_forward, {"out": result, "attended": "i64", "scored": "i64"}),
+            ("causal dq", causal_dq, {"dout": narrow, "dq": result, "delta": "fp32"}),
+        )
+        label = f"{'short' if short else 'long'}, {result} result, {group} heads a group"
+        for kind, kernel, pointers in kinds:
+            tile = tile_of(kind, head_dim, value_dim, dtype, target, short=short)
+            yield variant(
+                kernel, {"q": narrow, "k": narrow, "v": narrow, "lse": "fp32", **pointers},
+                _constants(head_dim, value_dim, group, tile), tile, dtype, target, _GENERAL, label,
+            )  # fmt: skip

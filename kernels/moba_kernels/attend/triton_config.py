@@ -40,6 +40,12 @@ def padded(dim: int) -> int:
     return 1 << (dim - 1).bit_length()
 
 
+def groups_of_variants(head_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Query heads of a KV head that forms are compiled for ahead of time: a GROUP is a form of its own. All usual ones
+    where spills are not allowed at all and models mostly are, else one."""
+    return (4, 1, 2, 8) if (head_dim, value_dim) in ((64, 64), (128, 128)) and dtype == torch.bfloat16 else (4,)
+
+
 def is_short(rows: int, keys: int) -> bool:
     """Do runs of about so many query rows and keys (a chunk's, or a document's) take the small tile?
 

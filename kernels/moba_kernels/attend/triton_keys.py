@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..triton_math import LOG2_E, TRITON_TYPE, Variant, dot, narrow, target_of
 from .call import AttendCall
-from .triton_config import padded
+from .triton_config import groups_of_variants, padded
 from .triton_geometry import DeviceGeometry
 from .triton_key_tables import key_items, key_tiles, longest_segment
 from .triton_lists import PickLists
@@ -237,7 +237,8 @@ def key_blocks(head_dim: int, value_dim: int, dtype: torch.dtype, target: int, k
     masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
     if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
         return KeyBlocks(32, 128, 8, 4)
-    return KeyBlocks(64, block_n, 8 if block_n == 128 or (dim == 128 and block_n == 64) else 4, 3)
+    large = block_n == 128 or (block_n == 64 and (dim == 128 or (dim == 64 and target == 100)))
+    return KeyBlocks(64, block_n, 8 if large else 4, 3)
 
 
 def _units_ahead(blocks: KeyBlocks, head_dim: int, dtype: torch.dtype, target: int, *, picks: bool) -> int:
@@ -347,24 +348,27 @@ def _most_units(
 
 
 def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], target: int) -> Iterator[Variant]:
-    """The compiled forms that launches use on `target`, for groups of 4 heads. Results of another dtype than the
-    inputs' (the fp32 of partials) only change the last store: one form stands for them."""
+    """The compiled forms that launches use on `target`. Results of another dtype than the inputs' (the fp32 of
+    partials) only change the last store: one form stands for them."""
     for (head_dim, value_dim), dtype in product(head_dims, dtypes):
         shapes = {
-            rows: list(dict.fromkeys(
-                key_blocks(head_dim, value_dim, dtype, target, keys, picks=rows > 0) for keys in (1 << 20, 64, 32)
+            picks: list(dict.fromkeys(
+                key_blocks(head_dim, value_dim, dtype, target, keys, picks=picks) for keys in (1 << 20, 64, 32)
             ))
-            for rows in (1, 4, 0)
+            for picks in (True, False)
         }  # fmt: skip
-        forms = [(blocks, rows, dtype) for rows, of_rows in shapes.items() for blocks in of_rows]
-        forms += [(shapes[1][0], 1, torch.float32)] if dtype != torch.float32 else []
-        for blocks, rows_of_entry, result in forms:
-            ahead = _units_ahead(blocks, head_dim, dtype, target, picks=rows_of_entry > 0)
-            constants = {"GROUP": 4, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m, "AHEAD": ahead}
-            constants |= _dims(head_dim, value_dim, blocks)
-            what = {0: "full", 1: "head", 4: "group"}[rows_of_entry]
-            yield _variant(key_gradients_kernel, what, dtype, result, constants, blocks.num_warps, blocks.num_stages)
-        for blocks in shapes[0]:
+        for group in groups_of_variants(head_dim, value_dim, dtype):
+            forms = [(blocks, rows, dtype) for rows in dict.fromkeys((1, group, 0)) for blocks in shapes[rows > 0]]
+            forms += [(shapes[True][0], 1, torch.float32)] if dtype != torch.float32 else []
+            for blocks, rows_of_entry, result in forms:
+                ahead = _units_ahead(blocks, head_dim, dtype, target, picks=rows_of_entry > 0)
+                constants = {"GROUP": group, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m, "AHEAD": ahead}
+                constants |= _dims(head_dim, value_dim, blocks)
+                lists_of = {0: "full", 1: "head"}.get(rows_of_entry, "group")
+                what = f"{lists_of}, {group} heads a group"
+                shape = blocks.num_warps, blocks.num_stages
+                yield _variant(key_gradients_kernel, what, dtype, result, constants, *shape)
+        for blocks in shapes[False]:
             constants = {"ROWS": SUM_ROWS, **_dims(head_dim, value_dim, blocks)}
             yield _variant(sum_pieces_kernel, "sum", dtype, dtype, constants, SUM_WARPS, SUM_STAGES)
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_math import LOG2_E, TRITON_TYPE, Variant
-from .triton_config import Kind, Tile, key_blocks, padded, tile_of, variant
+from .triton_config import Kind, Tile, groups_of_variants, key_blocks, padded, tile_of, variant
 from .triton_lists import PickLists
 from .triton_tables import TileTable, max_tiles, tile_table
 from .triton_tile import (
@@ -193,24 +193,32 @@ def _constants(head_dim: int, value_dim: int, group: int, expand: int, tile: Til
 
 
 def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], target: int) -> Iterator[Variant]:
-    """The compiled forms that launches use, for groups of 4 heads that pick apart or together."""
-    for (head_dim, value_dim), dtype, short, expand in product(head_dims, dtypes, (False, True), (1, 4)):
-        narrow = TRITON_TYPE[dtype]
-        kinds: tuple[tuple[Kind, Any, dict[str, str]], ...] = (
-            ("picks forward", picks_forward, {"out": "fp32", "attended": "i64", "scored": "i64"}),
-            ("picks dq", picks_dq, {"dout": narrow, "dq": "fp32", "delta": "fp32"}),
+    """The compiled forms that launches use, for heads of a group that pick apart or together."""
+    for (head_dim, value_dim), dtype in product(head_dims, dtypes):
+        for group, short in product(groups_of_variants(head_dim, value_dim, dtype), (False, True)):
+            for expand in dict.fromkeys((1, group)):
+                yield from _variants_of(head_dim, value_dim, dtype, target, group, expand, short=short)
+
+
+def _variants_of(
+    head_dim: int, value_dim: int, dtype: torch.dtype, target: int, group: int, expand: int, *, short: bool
+) -> Iterator[Variant]:
+    narrow = TRITON_TYPE[dtype]
+    kinds: tuple[tuple[Kind, Any, dict[str, str]], ...] = (
+        ("picks forward", picks_forward, {"out": "fp32", "attended": "i64", "scored": "i64"}),
+        ("picks dq", picks_dq, {"dout": narrow, "dq": "fp32", "delta": "fp32"}),
+    )
+    for kind, kernel, pointers in kinds:
+        tile = tile_of(kind, head_dim, value_dim, dtype, target, short=short)
+        shared = {"q": narrow, "k": narrow, "v": narrow, "lse": "fp32", "edges": "i64"}
+        label = f"{'short' if short else 'long'}, {'head' if expand == 1 else 'group'}, {group} heads a group"
+        yield variant(
+            kernel,
+            shared | pointers,
+            _constants(head_dim, value_dim, group, expand, tile),
+            tile,
+            dtype,
+            target,
+            _GENERAL,
+            label,
         )
-        for kind, kernel, pointers in kinds:
-            tile = tile_of(kind, head_dim, value_dim, dtype, target, short=short)
-            shared = {"q": narrow, "k": narrow, "v": narrow, "lse": "fp32", "edges": "i64"}
-            label = f"{'short' if short else 'long'}, {'head' if expand == 1 else 'group'}"
-            yield variant(
-                kernel,
-                shared | pointers,
-                _constants(head_dim, value_dim, 4, expand, tile),
-                tile,
-                dtype,
-                target,
-                _GENERAL,
-                label,
-            )
