@@ -33,6 +33,7 @@ MODULES = (
     "moba_kernels.attend.triton_keys",
     "moba_kernels.pool.triton",
     "moba_kernels.route.triton",
+    "moba_kernels.triton_row_dot",
     "moba_kernels.key_conv.triton",
 )
 # Head dim of q and k, of v: the usual ones, and multi-head latent attention.

@@ -34,10 +34,9 @@ def check_rows(name: str, x: Tensor) -> None:
         raise bad_argument(f"{name}'s last dim must be at least 1", tuple(x.shape), "pass [tokens, heads, dim >= 1]")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
-    """q [T,H,D], k [S,K,D], v [S,K,Dv] or None: dims, dtypes, devices and head counts agree."""
-    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    for name, x in named.items():
+def check_qkv(q: Tensor, k: Tensor, *values: Tensor) -> None:
+    """q [T,H,D], k [S,K,D] and, if given, v [S,K,Dv]: dims, dtypes, devices and head counts agree."""
+    for name, x in zip("qkv", (q, k, *values), strict=False):
         check_rows(name, x)
         if x.dtype != q.dtype:
             raise bad_argument(f"{name} must have q's dtype {q.dtype}", x.dtype, "cast q, k and v alike")
@@ -46,9 +45,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         raise bad_argument(
             "k must have q's head dim", f"k {tuple(k.shape)}, q {tuple(q.shape)}", "make k.shape[2] == q.shape[2]"
         )
-    if v is not None and v.shape[:2] != k.shape[:2]:
-        got = f"v {tuple(v.shape)}, k {tuple(k.shape)}"
-        raise bad_argument("v must have k's tokens and heads", got, "only the last dim of v may differ")
+    for v in values:
+        if v.shape[:2] != k.shape[:2]:
+            got = f"v {tuple(v.shape)}, k {tuple(k.shape)}"
+            raise bad_argument("v must have k's tokens and heads", got, "only the last dim of v may differ")
     check_heads(q.shape[1], k.shape[1])
 
 
@@ -108,7 +108,8 @@ def check_routing(
 ) -> None:
     """A routing that was handed in must have been made under this spec and pack, for these queries.
 
-    Positions are compared where both lie on the host; elsewhere that would wait for the device.
+    Positions are compared where both lie on the host, and picks of unknown origin looked at there (`Routing`);
+    elsewhere that would wait for the device.
     """
     if not isinstance(routing, Routing):
         fix = "wrap chunk ids in Routing.from_chunk_ids"
@@ -127,6 +128,8 @@ def check_routing(
         )
     if routing.stored.device != q.device:
         raise bad_argument(f"routing must lie on q's device {q.device}", routing.stored.device, "route on that device")
+    if routing.stored.device.type == "cpu":
+        routing.validate()
     made_for = routing.q_positions
     if made_for is None or q_positions is None or made_for is q_positions:
         return  # as many rows as the pack has tokens: these are the same queries

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .attend.call import AttendCall
 from .errors import BackendError, bad_argument
 from .pack import Pack
+from .ranges import row_dot
 from .report import PairTally, Partial
 from .routing import Routing
 from .spec import MoBA
@@ -54,6 +56,10 @@ class AttendBackward(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+class RowDot(Protocol):
+    def __call__(self, a: Tensor, b: Tensor, dtype: torch.dtype, /) -> Tensor: ...
+
+
 def serves_everything(*tensors: Tensor) -> tuple[str, ...]:
     """No reason to refuse."""
     return ()
@@ -69,6 +75,8 @@ class Backend:
     attend_partial: AttendForward
     attend_partial_backward: AttendBackward
     refuse: Callable[..., tuple[str, ...]] = serves_everything
+    row_dot: RowDot = row_dot
+    """rowsum(a * b) of two [T,H,D] tensors: the delta of a backward pass."""
 
 
 def _reference() -> Backend:
@@ -96,9 +104,16 @@ def _triton() -> Backend:
     from .attend import triton as attend
     from .pool import triton as pool
     from .route import triton as route
+    from .triton_row_dot import row_dot
 
     return Backend(
-        "triton", pool.pool_sums, route.route_means, attend.attend_partial, attend.attend_partial_backward, refuse
+        "triton",
+        pool.pool_sums,
+        route.route_means,
+        attend.attend_partial,
+        attend.attend_partial_backward,
+        refuse,
+        row_dot,
     )
 
 

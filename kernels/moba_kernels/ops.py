@@ -6,7 +6,8 @@ Dv value dim, C chunks of the pack. Query head h reads KV head h // (H/K). MoBA:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,11 +29,19 @@ from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
 from .errors import bad_argument
 from .pack import Pack, pack_of
-from .ranges import row_dot
 from .report import AttendResult, ExecutionReport, PairTally, Partial
 from .routing import Routing
 from .spec import AttentionSpec, Full, MoBA
 from .triton_support import on_device_of
+
+
+@contextmanager
+def _as_given(x: Tensor) -> Iterator[None]:
+    """Inside, ops run on x's GPU and in the dtypes that they are given: autocast would round matrix products."""
+    device = x.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with on_device_of(x), torch.autocast(device, enabled=False) if autocasts else nullcontext():
+        yield
 
 
 def pool_sums(
@@ -47,7 +56,7 @@ def pool_sums(
     """
     check_rows("k", k_THD)
     check_positions("k", k_positions, k_THD.shape[0], pack)
-    with torch.no_grad(), on_device_of(k_THD):
+    with torch.no_grad(), _as_given(k_THD):
         serve = resolve(backend, k_THD).pool_sums
         return serve(k_THD.detach(), pack=pack, chunk_size=chunk_size, k_positions=k_positions)
 
@@ -86,9 +95,9 @@ def route_means(
         raise bad_argument("means are published as fp32", mean_CKD.dtype, "pass the result of mean_keys")
     check_heads(q_THD.shape[1], mean_CKD.shape[1])
     check_device("means", mean_CKD, q_THD)
-    with torch.no_grad(), on_device_of(q_THD):
+    with torch.no_grad(), _as_given(q_THD):
         serve = resolve(backend, q_THD, mean_CKD).route_means
-        return serve(q_THD.detach(), mean_CKD, spec, pack=pack, q_positions=q_positions)
+        return serve(q_THD.detach(), mean_CKD, spec, pack=pack, q_positions=q_positions).trusted()
 
 
 def route(
@@ -101,7 +110,7 @@ def route(
 ) -> Routing:
     """Which chunks each query of the row attends to. q [T,H,D], k [T,K,D]. No gradient flows through the choice."""
     _check_moba(spec)
-    check_qkv(q, k, None)
+    check_qkv(q, k)
     pack = pack_of(cu_seqlens, q.shape[0])
     sums, counts = pool_sums(k, pack=pack, chunk_size=spec.chunk_size, backend=backend)
     return route_means(q, mean_keys(sums, counts), spec, pack=pack, backend=backend)
@@ -146,9 +155,8 @@ def attend_partial(
         routing,
         softmax_scale,
         backend,
-        accumulate_dtype(q_THD),
     )
-    with torch.no_grad(), on_device_of(q_THD):
+    with torch.no_grad(), _as_given(q_THD):
         return serve.attend_partial(q_THD.detach(), k_SKD.detach(), v_SKD.detach(), call, tally)
 
 
@@ -186,10 +194,9 @@ def attend_partial_backward(
         routing,
         softmax_scale,
         backend,
-        accumulate_dtype(q_THD),
     )
     check_backward(dout_THDv, lse_TH, delta_TH, q_THD, v_SKD.shape[2])
-    with torch.no_grad(), on_device_of(q_THD):
+    with torch.no_grad(), _as_given(q_THD):
         return serve.attend_partial_backward(dout_THDv, q_THD, k_SKD, v_SKD, lse_TH, delta_TH, call)
 
 
@@ -209,9 +216,9 @@ def _prepare(
     routing: Routing | None,
     softmax_scale: float | None,
     backend: str,
-    result_dtype: torch.dtype,
+    result_dtype: torch.dtype | None = None,
 ) -> tuple[AttendCall, Backend]:
-    """Check a partial call and find its backend."""
+    """Check a call and find its backend. result_dtype: None = that of partials."""
     check_spec(spec)
     check_qkv(q, k, v)
     check_positions("q", q_positions, q.shape[0], pack)
@@ -222,6 +229,7 @@ def _prepare(
     elif isinstance(spec, MoBA):
         raise bad_argument("attend_partial under MoBA needs a routing", None, "pass routing=route_means(...)")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    result_dtype = result_dtype or accumulate_dtype(q)
     return AttendCall(pack, q_positions, k_positions, routing, scale, result_dtype), resolve(backend, q, v)
 
 
@@ -230,7 +238,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttendCall, serve: Backend, tally: PairTally) -> Any:
-        with on_device_of(q):
+        with _as_given(q):
             out, lse = serve.attend_partial(q, k, v, call, tally)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call, ctx.serve = call, serve
@@ -241,8 +249,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> Any:
         refuse_second_derivative("attend")
         q, k, v, out, lse = ctx.saved_tensors
-        delta = row_dot(dout, out, lse.dtype)
-        with on_device_of(q):
+        with _as_given(q):
+            delta = ctx.serve.row_dot(dout, out, lse.dtype)
             return *ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call), None, None, None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import bad_argument
 from .pack import Pack
+from .ranges import TEMPORARY_ELEMENTS, ranges
 from .spec import MoBA
 
 NONE_UINT16 = 65535
@@ -24,6 +25,10 @@ def stored_picks(spec: MoBA, pack: Pack) -> int:
 
 class Routing:
     """The picks of the queries at hand.
+
+    Picks must be chunks of the query's own document that end before its own chunk begins, each once. Those of the gate,
+    `random_routing` and `from_chunk_ids` are, and so are parts of them; of others the first call that they are handed
+    to makes sure, on a CPU. On other devices they are believed: looking would wait for the device.
 
     Args:
         picks_TRP: [T,R,P] chunk ids by falling gate score, -1 = none (any integer dtype; kept as uint16 while ids fit).
@@ -57,13 +62,35 @@ class Routing:
         self.pack = pack
         self.q_positions = q_positions
         self.complete = complete
+        self._sound = False
         narrow = pack.chunks(spec.chunk_size).num_chunks < NONE_UINT16
         if picks_TRP.dtype == torch.uint16:
             self._stored = picks_TRP
         elif narrow:  # -1 wraps to 65535; int16 is the step that all devices can narrow to
-            self._stored = picks_TRP.to(torch.int16).view(torch.uint16)
+            # What is no chunk must not wrap to one: 65534 is none.
+            self._stored = picks_TRP.long().clamp(-2, NONE_UINT16 - 1).to(torch.int16).view(torch.uint16)
         else:
-            self._stored = picks_TRP.to(torch.int32)
+            self._stored = picks_TRP.long().clamp(-2, 2**31 - 1).to(torch.int32)
+
+    def trusted(self) -> Routing:
+        """This routing, marked as one whose picks need no look: for those who made them."""
+        self._sound = True
+        return self
+
+    def validate(self) -> None:
+        """ValueError where a pick lies in another document, not before the own chunk, or stands twice; once, not again.
+
+        Reads the device.
+        """
+        if self._sound:
+            return
+        geometry = self.pack.chunks(self.spec.chunk_size).tensors(self._stored.device)
+        own_T = self.own_chunks
+        first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
+        per_query = self._stored.shape[1] * self._stored.shape[2]
+        for part in ranges(self.num_queries, TEMPORARY_ELEMENTS // max(1, per_query)):
+            _validate(self.picks_of(part), first_T[part, None, None], own_T[part, None, None])
+        self._sound = True
 
     def __getstate__(self) -> dict[str, Any]:  # torch 2.13 cannot unpickle a uint16 tensor
         return {**self.__dict__, "_stored": self._stored.view(torch.int16)} if self._narrow else self.__dict__
@@ -136,13 +163,13 @@ class Routing:
             if self._narrow
             else (self._stored[rows.to(device)])
         )
-        return Routing(picks, self.spec, self.pack, positions, complete=self.complete)
+        return self._part(picks, positions)
 
     def of_kv_heads(self, first: int, stop: int, num_kv_heads: int) -> Routing:
         """The routing of the query heads that read KV heads first .. stop - 1 of num_kv_heads; shares storage."""
         heads_of_kv = self.num_routed_heads // num_kv_heads  # H/K for select="head", 1 for "group"
         stored = self._stored[:, first * heads_of_kv : stop * heads_of_kv]
-        return Routing(stored, self.spec, self.pack, self.q_positions, complete=self.complete)
+        return self._part(stored, self.q_positions)
 
     def in_slots(self, kept: int) -> Routing:
         """The same picks in `kept` slots a query, which must hold them (`stored_picks` does)."""
@@ -154,7 +181,11 @@ class Routing:
         else:
             signed = torch.nn.functional.pad(signed, (0, kept - signed.shape[2]), value=-1)
         stored = signed.view(torch.uint16) if self._narrow else signed
-        return Routing(stored, self.spec, self.pack, self.q_positions, complete=self.complete)
+        return self._part(stored, self.q_positions)
+
+    def _part(self, stored: Tensor, q_positions: Tensor | None) -> Routing:
+        part = Routing(stored, self.spec, self.pack, q_positions, complete=self.complete)
+        return part.trusted() if self._sound else part
 
     @property
     def _narrow(self) -> bool:
@@ -184,26 +215,24 @@ class Routing:
             raise bad_argument(f"chunk_ids must be [T,R,1..{spec.topk}]", tuple(chunk_ids.shape), fix)
         routing = cls(chunk_ids[:, :, 1:], spec, pack, q_positions)
         if validate or chunk_ids.device.type == "cpu":
-            _validate(chunk_ids, routing)
+            if bool((chunk_ids[:, :, 0].long() != routing.own_chunks[:, None]).any()):
+                raise bad_argument("slot 0 of chunk_ids must be the own chunk", "another chunk", FIX_OF_PICKS)
+            routing.validate()
         return routing
 
 
-def _validate(chunk_ids: Tensor, routing: Routing) -> None:
-    geometry = routing.pack.chunks(routing.spec.chunk_size).tensors(chunk_ids.device)
-    own_T = routing.own_chunks.to(chunk_ids.device)
-    first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
-    picks = chunk_ids[:, :, 1:].long()
-    none = picks == -1
-    ordered = picks.sort(-1).values
+FIX_OF_PICKS = "pick chunks of the query's own document that end before its own chunk begins, each once"
+
+
+def _validate(picks_QRP: Tensor, first_Q11: Tensor, own_Q11: Tensor) -> None:
+    ordered = picks_QRP.sort(-1).values
     repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != -1)
-    inside = (picks >= first_T[:, None, None]) & (picks < own_T[:, None, None])
-    fix = "pick chunks of the query's own document that end before its own chunk begins, each once"
-    if bool((chunk_ids[:, :, 0].long() != own_T[:, None]).any()):
-        raise bad_argument("slot 0 of chunk_ids must be the own chunk", "another chunk", fix)
-    if bool((~inside & ~none).any()):
-        raise bad_argument("a pick is not a candidate", picks[~inside & ~none][:4].tolist(), fix)
+    outside = ((picks_QRP < first_Q11) | (picks_QRP >= own_Q11)) & (picks_QRP != -1)
+    if bool(outside.any()):
+        raise bad_argument("a pick is not a candidate", picks_QRP[outside][:4].tolist(), FIX_OF_PICKS)
     if bool(repeated.any()):
-        raise bad_argument("a chunk is picked twice by one query", ordered[..., 1:][repeated][:4].tolist(), fix)
+        got = ordered[..., 1:][repeated][:4].tolist()
+        raise bad_argument("a chunk is picked twice by one query", got, FIX_OF_PICKS)
 
 
 def _mix(state: Tensor) -> Tensor:
@@ -258,4 +287,4 @@ def random_routing(
         every = torch.where(candidates_T1 > i, candidates_T1 - 1 - i, -1)
         picks[:, :, i] = torch.where(candidates_T1 > kept, sampled, every)
     picks = torch.where(picks >= 0, picks + first_T[:, None, None], picks)
-    return Routing(picks, spec, pack, q_positions, complete=True)
+    return Routing(picks, spec, pack, q_positions, complete=True).trusted()

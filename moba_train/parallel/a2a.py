@@ -206,7 +206,7 @@ def swap_inputs(
         picked = Routing.nothing(q.shape[0], routed, 0, routing.spec, call.pack, q.device)
     else:
         (picked,) = picks.wait()
-    return q, k, v, Routing(picked, routing.spec, call.pack, positions_T, complete=routing.complete)
+    return q, k, v, Routing(picked, routing.spec, call.pack, positions_T, complete=routing.complete).trusted()
 
 
 def swap_output_back(exchange: HeadExchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

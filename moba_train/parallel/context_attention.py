@@ -39,8 +39,8 @@ from moba_kernels.checks import check_routing
 from moba_kernels.derivative import refuse_second_derivative
 from moba_kernels.dispatch import resolve
 from moba_kernels.pack import planned_pairs_of_lengths
-from moba_kernels.ranges import row_dot
 from moba_kernels.routing import stored_picks
+from moba_kernels.triton_support import on_device_of
 
 from .a2a import AllToAll
 from .a2a_all_gather import AllToAllAllGather
@@ -173,6 +173,7 @@ class _ContextAttend(torch.autograd.Function):
         sent = transport.forward(q, k, v, call, tally)
         out = sent.out.to(q.dtype)
         ctx.save_for_backward(out, *sent.saved)
+        ctx.row_dot = resolve(call.backend, q, v).row_dot
         ctx.kept, ctx.call, ctx.transport, ctx.dtypes = sent.kept, call, transport, (q.dtype, sent.lse.dtype)
         ctx.mark_non_differentiable(sent.lse)
         return out, sent.lse
@@ -182,7 +183,8 @@ class _ContextAttend(torch.autograd.Function):
         refuse_second_derivative("context_attend")
         out, *saved = ctx.saved_tensors
         dtype, accumulated = ctx.dtypes
-        delta = row_dot(dout, out, accumulated)
+        with on_device_of(out):
+            delta = ctx.row_dot(dout, out, accumulated)
         dq, dk, dv = ctx.transport.backward(dout, delta, tuple(saved), ctx.kept, ctx.call)
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None
 

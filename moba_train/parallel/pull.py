@@ -203,7 +203,7 @@ def _attend_locally(
     positions, routing = call.positions_S[start:stop], call.routing
     if routing is not None:
         stored = routing.stored[start:stop]
-        routing = Routing(stored, routing.spec, routing.pack, positions, complete=routing.complete)
+        routing = Routing(stored, routing.spec, routing.pack, positions, complete=routing.complete).trusted()
     out_SHD[start:stop], lse_SH[start:stop] = attend_partial(
         q_SHD[start:stop],
         k_SKD[:stop],

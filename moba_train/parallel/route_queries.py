@@ -189,7 +189,8 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, q: Tensor, positions: Tensor, stored_picks: Tensor, call: ShardedCall) -> _Part:
         routing = routing_of(call)
-        return cls(q, positions, Routing(stored_picks, routing.spec, call.pack, positions, complete=routing.complete))
+        mine = Routing(stored_picks, routing.spec, call.pack, positions, complete=routing.complete)
+        return cls(q, positions, mine.trusted())
 
     def attend(self, k: Tensor, v: Tensor, call: ShardedCall, tally: PairTally) -> Partial:
         """Over keys of this rank."""

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_kernels import Full, MoBA, Pack, attend, moba_attn_varlen, route
+from moba_kernels import (
+    Full,
+    MoBA,
+    Pack,
+    attend,
+    attend_partial,
+    attend_partial_backward,
+    moba_attn_varlen,
+    route,
+)
 
 from . import oracle
 from .inputs import ROWS, as_numpy, assert_close, assert_same_choice, ids_to_chosen, make_qkv, moba_tuple
@@ -68,6 +77,12 @@ def test_keys_of_192_and_values_of_128_as_in_mla(spec):
 
 def test_the_softmax_scale_is_the_callers():
     check_against_oracle([0, 30], MoBA(8, 2), scale=0.7)
+
+
+@pytest.mark.parametrize("spec", [Full(), MoBA(8, 3)], ids=str)
+@pytest.mark.parametrize("scale", [-0.5, -1e-3, 0.0, 1e-60])
+def test_a_softmax_scale_that_is_not_positive_is_a_scale_like_any_other(scale, spec):
+    check_against_oracle([0, 30, 97], spec, scale=scale, backends=[*BACKENDS, "flash"])
 
 
 @pytest.mark.parametrize("spec", [Full(), MoBA(96, 3), MoBA(300, 2), MoBA(512, 1)], ids=str)
@@ -222,6 +237,27 @@ def test_inputs_that_are_views_with_strides_give_the_same():
         plain_result, view_result = run(q, k, v, dout, spec, cu), run(*views, dout, spec, cu)
         assert torch.equal(plain_result[0].out, view_result[0].out)
         assert all(torch.equal(a, b) for a, b in zip(plain_result[1:], view_result[1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "flash"])
+@pytest.mark.parametrize("spec", [Full(), MoBA(16, 3)], ids=str)
+def test_autocast_changes_nothing(spec, backend):
+    cu = [0, 100, 300]
+    q, k, v, dout = make_qkv(cu, dtype=torch.float32, value_dim=8)
+    usual = run(q, k, v, dout, spec, cu, backend=backend)
+    delta, options = (dout * usual[0].out).sum(-1), {"pack": Pack(cu), "backend": backend}
+    options["routing"] = route(q, k, spec, cu_seqlens=cu) if isinstance(spec, MoBA) else None
+    part = attend_partial(q, k, v, spec, **options)
+    grads = attend_partial_backward(dout, q, k, v, part.lse, delta, spec, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = run(q, k, v, dout, spec, cu, backend=backend)
+        if isinstance(spec, MoBA):
+            assert route(q, k, spec, cu_seqlens=cu, backend=backend).equals(options["routing"])
+        assert all(torch.equal(a, b) for a, b in zip(part, attend_partial(q, k, v, spec, **options), strict=True))
+        rounded_grads = attend_partial_backward(dout, q, k, v, part.lse, delta, spec, **options)
+    assert torch.equal(usual[0].out, rounded[0].out) and torch.equal(usual[0].lse, rounded[0].lse)
+    for got, want in zip((*rounded[1:], *rounded_grads), (*usual[1:], *grads), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_running_twice_gives_the_same_bits():

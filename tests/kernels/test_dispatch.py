@@ -157,6 +157,11 @@ def bad_calls():
     pack = Pack([0, 16])
     lse = torch.zeros(16, 4)
 
+    twice = Routing(torch.zeros(12, 4, 2).long(), MoBA(4, 3), pack, torch.arange(4, 16))
+
+    def picked(chunk):
+        return Routing(torch.full((16, 4, 1), chunk), spec, pack)
+
     def backward(dout, lse, delta):
         return attend_partial_backward(dout, q, k, v, lse, delta, Full(), pack=pack)
 
@@ -233,6 +238,19 @@ def bad_calls():
             lambda: Routing.from_chunk_ids(torch.tensor([[[3, 70]]]), MoBA(4, 2), pack, torch.tensor([13])),
             "not a candidate",
         ),
+        "v is None": (lambda: attend(q, k, None, spec), "v must be"),
+        "v of a partial is None": (lambda: attend_partial(q, k, None, Full(), pack=pack), "v must be"),
+        "q is a list": (lambda: attend_partial(q.tolist(), k, v, Full(), pack=pack), "q must be"),
+        "a pick handed in that is no chunk": (lambda: attend(q, k, v, spec, routing=picked(70)), "not a candidate"),
+        "a pick handed in that would wrap to a chunk": (
+            lambda: attend(q, k, v, spec, routing=picked(65536)),
+            "not a candidate",
+        ),
+        "a pick handed in of the future": (lambda: attend(q, k, v, spec, routing=picked(3)), "not a candidate"),
+        "a chunk handed in twice": (
+            lambda: attend_partial(q[4:], k, v, twice.spec, pack=pack, q_positions=twice.q_positions, routing=twice),
+            "twice",
+        ),
         "no head dim": (lambda: attend(q[..., :0], k[..., :0], v, spec), "at least 1"),
         "no value dim": (lambda: attend(q, k, v[..., :0], Full()), "at least 1"),
         "no KV heads": (lambda: attend(q, k[:, :0], v[:, :0], spec), "multiple"),
@@ -262,6 +280,33 @@ def test_a_routing_survives_pickling():
     q, k, _, _ = make_qkv([0, 32])
     routing = route(q, k, MoBA(8, 3))
     assert pickle.loads(pickle.dumps(routing)).equals(routing)
+
+
+def test_picks_are_looked_at_once_and_those_of_the_gate_and_their_parts_never(monkeypatch):
+    q, k, v, _ = make_qkv([0, 32])
+    spec, pack, rows = MoBA(8, 3), Pack([0, 32]), torch.arange(8, 32)
+    looks = []
+    monkeypatch.setattr("moba_kernels.routing._validate", lambda *picks: looks.append(picks))
+
+    def use(routing, rows=None, heads=slice(None), kv_heads=slice(None)):
+        queries = q[:, heads] if rows is None else q[rows, heads]
+        parts = queries, k[:, kv_heads], v[:, kv_heads]
+        attend_partial(*parts, spec, pack=pack, q_positions=rows, routing=routing)
+
+    gate = route(q, k, spec)
+    drawn = random_routing(spec, pack=pack, num_heads=4, num_kv_heads=2, seed=0, device="cpu")
+    for routing in (gate, drawn, pickle.loads(pickle.dumps(gate))):
+        use(routing)
+        use(routing.select(rows), rows)
+        use(routing.of_kv_heads(0, 1, 2), heads=slice(2), kv_heads=slice(1))
+    assert not looks
+    made_by_hand = Routing(gate.picks, spec, pack)
+    for _ in range(2):
+        use(made_by_hand)
+        use(made_by_hand.select(rows), rows)
+    assert len(looks) == 1
+    use(Routing.from_chunk_ids(gate.chunk_ids, spec, pack))
+    assert len(looks) == 2
 
 
 def test_the_report_catches_a_routing_with_fewer_picks_than_planned():

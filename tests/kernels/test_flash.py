@@ -178,14 +178,14 @@ def lists_of(cu_q, cu_k):
 def fake_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal):
     """What flash-attn's compiled function does: (out, lse [H,N])."""
     lists = lists_of(cu_q, cu_k)
-    assert dropout_p == 0.0 and q.shape[2] % 8 == 0 and q.shape[2] == k.shape[2] == v.shape[2]
+    assert dropout_p == 0.0 and softmax_scale > 0 and q.shape[2] % 8 == 0 and q.shape[2] == k.shape[2] == v.shape[2]
     assert max_q >= max(2, lists.q_lengths.max()) and max_k == lists.k_lengths.max()
     out, lse = CpuKernels().forward(q, k, v, Lists(lists.q_edges, lists.k_edges, causal), softmax_scale)
     return out, lse.transpose(0, 1).contiguous()
 
 
 def fake_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_q, cu_k, softmax_scale, causal):
-    assert softmax_lse.shape == q.shape[:2][::-1] and softmax_lse.is_contiguous()
+    assert softmax_lse.shape == q.shape[:2][::-1] and softmax_lse.is_contiguous() and softmax_scale > 0
     lists = Lists(lists_of(cu_q, cu_k).q_edges, lists_of(cu_q, cu_k).k_edges, causal)
     grads = CpuKernels().backward(dout, q, k, v, out, softmax_lse.transpose(0, 1), lists, softmax_scale)
     for into, grad in zip((dq, dk, dv), grads, strict=True):
@@ -258,7 +258,8 @@ def install_fake_package(monkeypatch, version, functions):
 def test_the_package_adapter_speaks_both_generations_of_flash_attn(spec, version, interface, monkeypatch):
     install_fake_package(monkeypatch, version, interface())
     monkeypatch.setattr(flash, "kernels_for", lambda device: PackageKernels())
-    check_against_oracle([0, 1, 1, 30, 73], spec, dim=12, value_dim=20)  # padded to 24
+    for scale in (None, -0.3, 0.0):
+        check_against_oracle([0, 1, 1, 30, 73], spec, scale=scale, dim=12, value_dim=20)  # padded to 24
     pack, rows = Pack([0, 1, 1, 30, 73]), torch.arange(10, 50)
     q, k, v, dout = make_qkv(pack.cu_seqlens, dim=8)
     routing = route(q, k, spec, cu_seqlens=pack).select(rows) if isinstance(spec, MoBA) else None
@@ -275,14 +276,16 @@ def test_the_package_adapter_speaks_both_generations_of_flash_attn(spec, version
 
 
 class Arguments(TorchDispatchMode):
-    """Remembers what every op was called with."""
+    """Remembers what every op was called with, and the scales."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
+        self.scales = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls.append((func.__name__, args))
+        self.scales += [kwargs["scale"]] if kwargs and "scale" in kwargs else []
         return func(*args, **(kwargs or {}))
 
     def of(self, name):
@@ -300,11 +303,13 @@ def test_the_built_in_cuda_adapter_calls_the_kernels_as_pytorch_declares_them():
             torch.empty(n, heads, 64, dtype=torch.bfloat16, device="meta")
             for n, heads in ((5, 4), (problem.k_edges[-1], 2), (problem.k_edges[-1], 2), (5, 4), (5, 4))
         )
-        got, lse = CudaKernels().forward(q, k, v, problem, 0.125)
+        with Arguments() as seen_forward:
+            got, lse = CudaKernels().forward(q, k, v, problem, -0.125)
         assert got.shape == q.shape and got.dtype == torch.bfloat16
         assert lse.shape == (5, 4) and lse.dtype == torch.float32
         with Arguments() as seen:
-            grads = CudaKernels().backward(dout, q, k, v, out, lse.contiguous(), problem, 0.125)
+            grads = CudaKernels().backward(dout, q, k, v, out, lse.contiguous(), problem, -0.125)
+        assert seen_forward.scales == seen.scales == [0.125]  # the sign goes with the queries
         assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
         (arguments,) = seen.of("_flash_attention_backward")
         assert arguments[5].shape == (4, 5) and arguments[5].is_contiguous()  # the kernel reads it as [H,N]

@@ -18,6 +18,7 @@ from moba_kernels.attend.lists import average_list, chunk_lists, tile_rows_of
 
 from .inputs import ROWS, assert_close, make_qkv
 from .test_attend import SPECS, check_against_oracle, plain, run
+from .test_memory import LargestTensor
 from .test_partial import check_that_parts_merge_to_the_whole
 
 torch_backend = import_module("moba_kernels.attend.torch")
@@ -48,6 +49,13 @@ def test_output_lse_gradients_and_pairs_are_the_oracles(cu, spec):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (8, 1), (6, 2)])
 def test_every_gqa_group_size(heads, kv_heads, spec):
     check_against_oracle([0, 11, 50], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
+
+
+@pytest.mark.usefixtures("at_any_size")
+@pytest.mark.parametrize("scale", [-0.5, -1e-3, 0.0, 1e-60])
+def test_a_softmax_scale_that_is_not_positive_is_a_scale_like_any_other(scale):
+    for spec in (Full(), MoBA(8, 3)):
+        check_against_oracle([0, 30, 97], spec, scale=scale, backends=["torch"])
 
 
 @pytest.mark.usefixtures("at_any_size", "small_halves")
@@ -153,12 +161,15 @@ def test_blocks_hold_every_visible_pair_once_or_are_refused(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks_module, "SMALLEST_HALF", data.draw(st.integers(1, 5)))
         patch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
-        blocks = causal_blocks(queries, keys, edges)
+        max_queries = data.draw(st.integers(1, 9))
+        max_keys = data.draw(st.integers(max_queries, 12))
+        blocks = causal_blocks(queries, keys, edges, max_queries, max_keys)
     if blocks is None:
         assert len(keys) < edges[-1]  # with all keys at hand there are always blocks
         return
     segment = np.searchsorted(edges, np.arange(edges[-1]), side="right")
     want = {(i, j) for i, t in enumerate(queries) for j, s in enumerate(keys) if s <= t and segment[s] == segment[t]}
+    assert all(block.num_queries <= max_queries and block.num_keys <= max_keys for block in blocks)
     got = [pair for block in blocks for pair in pairs_of(block)]
     assert len(got) == len(set(got)) and set(got) == want
     first = set()
@@ -170,14 +181,14 @@ def test_blocks_hold_every_visible_pair_once_or_are_refused(data):
 
 def test_scattered_queries_and_tiny_documents_are_no_union_of_blocks():
     token = np.arange(8192)
-    assert causal_blocks(token[::2], token, np.array([0, 8192])) is None
+    assert causal_blocks(token[::2], token, np.array([0, 8192]), 8192, 8192) is None
     uneven = np.cumsum([0, *np.random.default_rng(0).integers(1, 20, 800)])
-    assert causal_blocks(np.arange(uneven[-1]), np.arange(uneven[-1]), uneven) is None
+    assert causal_blocks(np.arange(uneven[-1]), np.arange(uneven[-1]), uneven, 8192, 8192) is None
 
 
 def test_equal_segments_share_one_block():
     token = np.arange(64)
-    (block,) = causal_blocks(token, token, np.arange(0, 65, 8))
+    (block,) = causal_blocks(token, token, np.arange(0, 65, 8), 64, 64)
     assert (block.count, block.stride, block.num_queries) == (8, 8, 8)
     assert block.pairs(num_heads=2)[0] == 2 * 8 * 36
 
@@ -191,10 +202,15 @@ def test_lists_hold_every_pick_once_with_rows_ascending(select):
     takes = torch.ones(100, dtype=torch.bool)
     takes[:30] = False
     edges = np.append(pack.chunks(8).start_C, 100)
-    got = []
-    for of in chunk_lists(routing, takes, edges, 4, 2):
-        chunk = int(np.searchsorted(edges, of.first_key))
+    got, before = [], []
+    for of in chunk_lists(routing, takes, edges, 4, 2, max_keys=5):
+        chunk = int(np.searchsorted(edges, of.first_key, side="right")) - 1
         rows = of.rows_E.tolist()
+        if of.first_key > edges[chunk]:  # the rest of a chunk, for the same rows
+            assert rows == before and of.first_key == edges[chunk] + 5 and of.num_keys == 3
+            continue
+        assert of.num_keys == 5
+        before = rows
         assert rows == sorted(set(rows)) and all(row % 4 // 2 == of.kv_head for row in rows)
         got += [(row, chunk) for row in rows]
     picks = routing.picks_of_heads(4)
@@ -211,6 +227,18 @@ def test_tiles_are_a_quarter_of_the_average_list_within_limits():
 def test_long_rows_are_sorted_in_ranges_that_leave_lists_long():
     # 1M tokens, 32 heads in groups of 4, 128/8: all KV heads at once would leave an eighth of it.
     assert average_list(1 << 20, 4, 7, 8192) == 255
+
+
+def test_a_long_chunk_of_few_queries_stays_within_the_scratch(monkeypatch):
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 1 << 18)
+    tokens, spec, rows = 20000, MoBA(8000, 2), torch.arange(19000, 19512)
+    q, k, v, dout = make_qkv([0, tokens], heads=1, kv_heads=1, dim=8, dtype=torch.float32)
+    routing = route(q, k, spec).select(rows)
+    options = {"pack": Pack([0, tokens]), "q_positions": rows, "routing": routing}
+    lse, delta = torch.zeros(512, 1), torch.zeros(512, 1)
+    with LargestTensor() as largest:
+        attend_partial_backward(dout[rows], q[rows], k, v, lse, delta, spec, **options)
+    assert largest.num_elements <= 1 << 18  # a dk for each of 8 tiles would be twice that
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])

@@ -211,6 +211,10 @@ def test_a_second_derivative_is_refused():
     [
         ({"k": torch.zeros(8, 6)}, "k must be"),
         ({"k": torch.zeros(8, 2, 3, dtype=torch.int64)}, "k must be"),
+        ({"k": [[[0.0]]]}, "k must be"),
+        ({"weight": [[[0.0]]]}, "weight must be"),
+        ({"document_offset": [0]}, "document_offset must be"),
+        ({"halos": [0.0]}, "halos must be"),
         ({"weight": torch.zeros(2, 4, 3)}, "weight must be"),
         ({"weight": torch.zeros(2, 3, 9)}, "width in 1..8"),
         ({"weight": torch.zeros(2, 3, 3).bfloat16()}, "weight must be fp32"),

@@ -29,7 +29,7 @@ from moba_kernels.attend import torch as torch_backend
 
 TOKENS = 16384
 # (query heads, KV heads, head dim)
-NARROW, WIDE = (4, 2, 64), (32, 8, 128)
+SHAPES = {"": (4, 2, 64), "wide": (32, 8, 128), "grouped": (64, 1, 128)}
 MIB = 1 << 20
 # What a call may take beyond inputs and results, as each backend documents it.
 SCRATCH = {"torch": torch_backend.SCRATCH_BYTES, "flash": flash.SCRATCH_BYTES}
@@ -44,9 +44,9 @@ def spec_of(name: str) -> Full | MoBA:
 
 def forward_backward(tokens: int, name: str, backend: str) -> dict[str, float]:
     """One attention with gradients; its density and the peak beyond inputs and results, in bytes. name: a density,
-    with "wide:" before it for many heads."""
-    kind, _, density = name.rpartition(":")
-    heads, kv_heads, dim = WIDE if kind == "wide" else NARROW
+    with a shape and a colon before it for many heads."""
+    shape, _, density = name.rpartition(":")
+    heads, kv_heads, dim = SHAPES[shape]
     pack, spec = Pack([0, tokens]), spec_of(density)
     q, dout = (torch.randn(tokens, heads, dim) for _ in range(2))
     k, v = (torch.randn(tokens, kv_heads, dim) for _ in range(2))
@@ -138,12 +138,21 @@ def test_the_order_of_running_does_not_matter(measured):
 
 @pytest.mark.parametrize("name", ["wide:512x4", "wide:16x4"], ids=["lists", "tiles"])
 def test_scratch_of_a_wide_model_stays_under_the_documented_bound(name):
-    tokens, heads, picks = 4096, WIDE[0], 3
+    tokens, heads, picks = 4096, SHAPES["wide"][0], 3
     (line,) = measure("torch", name, tokens=tokens)
     of_rows = tokens * heads * (torch_backend.BYTES_OF_ROW + picks * (2 + torch_backend.BYTES_OF_PICK))
     assert line["bytes"] <= torch_backend.SCRATCH_BYTES + of_rows
     # A copy of q, or scores of all queries and chunks, would be 64 MiB and more beyond what it takes.
     assert line["bytes"] >= 16 * MIB
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["full", "1024x4"])
+def test_many_query_heads_of_one_kv_head_over_a_long_segment_stay_under_the_documented_bound(name):
+    tokens, heads = 4096, SHAPES["grouped"][0]
+    (line,) = measure("torch", f"grouped:{name}", tokens=tokens)
+    # All queries of the segment at once would be 128 MiB for each of dq and what stands in for out.
+    assert line["bytes"] <= torch_backend.SCRATCH_BYTES + tokens * heads * torch_backend.BYTES_OF_ROW
 
 
 def test_the_meter_sees_a_dense_score_matrix():

@@ -7,6 +7,8 @@ A pure function of positions and segment edges. A block stands for `count` equal
       | \\                         |#####\\                         |#\\
       +--- k                       +-------- k                     |##\\  (the second half's rectangle)
 
+What is longer than a call may take is cut: squares along the diagonal, and before each a rectangle of earlier keys.
+
 Shape letters: T queries at hand, S keys at hand, G segments.
 """
 
@@ -18,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..pack import IntArray
+from ..ranges import ranges
 
 # The built-in CPU kernel takes so many keys at a time, masked ones included: below HALVE_UP_TO tokens a square wastes
 # so much of that that halving it pays; at SMALLEST_HALF and less the halves cost more than they save (measured).
@@ -57,12 +60,15 @@ class Block:
         )
 
 
-def causal_blocks(query_T: IntArray, key_S: IntArray, edges: IntArray) -> list[Block] | None:
+def causal_blocks(
+    query_T: IntArray, key_S: IntArray, edges: IntArray, max_queries: int, max_keys: int
+) -> list[Block] | None:
     """Every query against the keys at hand of its segment up to itself; None where that is no union of blocks, or of
     too many.
 
     query_T, key_S: ascending positions at hand. edges [G+1] segment edges. It is one when, for every run of consecutive
-    queries in a segment, all keys of the run's own tokens are at hand, or none.
+    queries in a segment, all keys of the run's own tokens are at hand, or none. A block has max_queries queries and
+    max_keys keys at most; max_keys >= max_queries.
     """
     if not len(query_T) or not len(key_S):
         return []
@@ -85,7 +91,7 @@ def causal_blocks(query_T: IntArray, key_S: IntArray, edges: IntArray) -> list[B
     grouped = list(_grouped(blocks))
     if len(grouped) * MIN_QUERIES_OF_BLOCK > len(query_T):
         return None
-    return [half for block in grouped for half in _halved(block)]
+    return [half for block in grouped for cut in _cut(block, max_queries, max_keys) for half in _halved(cut)]
 
 
 def _grouped(blocks: list[Block]) -> Iterator[Block]:
@@ -105,6 +111,23 @@ def _grouped(blocks: list[Block]) -> Iterator[Block]:
         group = block
     if group is not None:
         yield group
+
+
+def _cut(block: Block, max_queries: int, max_keys: int) -> Iterator[Block]:
+    """A block in pieces of bounded size, the one that writes a query first."""
+    for queries in ranges(block.num_queries, max_queries):
+        length = queries.stop - queries.start
+        piece = replace(block, first_query=block.first_query + queries.start, num_queries=length)
+        if block.causal:
+            yield replace(piece, first_key=block.first_key + queries.start, num_keys=length)
+        for keys in ranges(queries.start if block.causal else block.num_keys, max_keys):
+            yield replace(
+                piece,
+                first_key=block.first_key + keys.start,
+                num_keys=keys.stop - keys.start,
+                causal=False,
+                fresh=piece.fresh and not block.causal and not keys.start,
+            )
 
 
 def _halved(block: Block) -> Iterator[Block]:

@@ -12,6 +12,8 @@ from ..pack import IntArray, Pack, Segments
 from ..routing import Routing
 from ..spec import Full
 
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class AttendCall:
@@ -36,6 +38,17 @@ class AttendCall:
 def accumulate_dtype(q: Tensor) -> torch.dtype:
     """fp64 inputs stay fp64 throughout (so that gradcheck works); everything else accumulates and publishes fp32."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(q, scale) of the same scores with scale > 0, and what to multiply dq by.
+
+    Flash kernels mask with -inf before they scale, in fp32, and so make NaN of a scale that is not positive there.
+    """
+    if scale >= LEAST_SCALE:
+        return q, scale, 1
+    sign = -1 if scale <= -LEAST_SCALE else 0
+    return q * sign, -scale if sign else 1.0, sign
 
 
 def host_positions(positions: Tensor | None, num_tokens: int) -> IntArray:

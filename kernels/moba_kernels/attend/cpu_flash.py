@@ -1,10 +1,7 @@
 """The flash kernel that PyTorch ships for CPUs: it returns the log-sum-exp, and takes one head dim for q, k and v.
 
-    forward(q, k, v, dropout, causal, *, scale) -> (out, lse)
-    backward(dout, q, k, v, out, lse, dropout, causal, *, scale) -> (dq, dk, dv)
-
-q, out [B, H, L, D]; k, v [B, K, M, D]; lse [B, H, L]; fp32 or fp64. B batch, H query heads, K key/value heads, L rows,
-M keys, D head dim.
+q, dout, out [B, H, L, D]; k, v [B, K, M, D]; lse [B, H, L]; fp32 or fp64; strides are free but for the last dim, which
+must lie dense. B batch, H query heads, K key/value heads, L rows, M keys, D head dim.
 """
 
 from __future__ import annotations
@@ -12,9 +9,27 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
-forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from .call import with_positive_scale
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse)."""
+    q, scale, _ = with_positive_scale(q, scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    q, scale, sign = with_positive_scale(q, scale)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    return dq if sign == 1 else dq * sign, dk, dv
 
 
 @cache
@@ -25,5 +40,5 @@ def groups_natively() -> bool:
     writes there. Asked of the kernel itself, with memory of known contents there.
     """
     keys_BHLD = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
-    out, _ = forward(torch.ones(1, 2, 1, 1), keys_BHLD[:, :1], keys_BHLD[:, :1], 0.0, False)
+    out, _ = forward(torch.ones(1, 2, 1, 1), keys_BHLD[:, :1], keys_BHLD[:, :1], False, 1.0)
     return bool((out == 0).all())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import cpu_flash
+from .call import with_positive_scale
 from .flash_lists import Lists
 
 
@@ -32,10 +33,10 @@ class CpuKernels:
         out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
         heads_at_once = _heads_at_once(q.shape[1], k.shape[1])
         for rows, keys, count in _equal_runs(lists):
-            of_keys = (_batch(k[keys], count), _batch(v[keys], count))
+            of_keys = _batch(k[keys], count), _batch(v[keys], count)
             for heads in heads_at_once:
                 of_rows = _batch(q[rows, heads], count)
-                out_BHLW, lse_BHL = cpu_flash.forward(of_rows, *of_keys, 0.0, lists.causal, scale=scale)
+                out_BHLW, lse_BHL = cpu_flash.forward(of_rows, *of_keys, lists.causal, scale)
                 out[rows, heads], lse[rows, heads] = _rows(out_BHLW), _rows(lse_BHL)
         return out, lse
 
@@ -45,11 +46,11 @@ class CpuKernels:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         heads_at_once = _heads_at_once(q.shape[1], k.shape[1])
         for rows, keys, count in _equal_runs(lists):
-            of_keys = [_batch(x[keys], count) for x in (k, v)]
+            of_keys = _batch(k[keys], count), _batch(v[keys], count)
             for heads in heads_at_once:
-                of_rows = [_batch(x[rows, heads], count) for x in (dout, q, out)]
+                dout_BHLW, q_BHLW, out_BHLW = (_batch(x[rows, heads], count) for x in (dout, q, out))
                 lse_BHL = _batch(lse[rows, heads].unsqueeze(-1), count).squeeze(-1)
-                grads = cpu_flash.backward(*of_rows[:2], *of_keys, of_rows[2], lse_BHL, 0.0, lists.causal, scale=scale)
+                grads = cpu_flash.backward(dout_BHLW, q_BHLW, *of_keys, out_BHLW, lse_BHL, lists.causal, scale)
                 dq[rows, heads] = _rows(grads[0])
                 for whole, part in zip((dk, dv), grads[1:], strict=True):
                     if heads.start:  # a further head of the group
@@ -97,6 +98,7 @@ class CudaKernels:
         return dtype
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
+        q, scale, _ = with_positive_scale(q, scale)
         results = torch.ops.aten._flash_attention_forward(
             q, k, v, *device_lists(lists, q.device), 0.0, lists.causal, False, scale=scale
         )
@@ -108,12 +110,13 @@ class CudaKernels:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q, scale, sign = with_positive_scale(q, scale)
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         lse_HN = lse.transpose(0, 1).contiguous()
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse_HN, *device_lists(lists, q.device), 0.0, lists.causal, *no_dropout, scale=scale
         )
-        return dq, dk, dv
+        return dq if sign == 1 else dq * sign, dk, dv
 
 
 def device_lists(lists: Lists, device: torch.device) -> tuple[Tensor, Tensor, int, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import with_positive_scale
 from .flash_aten import device_lists
 from .flash_lists import Lists
 
@@ -52,6 +53,7 @@ class PackageKernels:
         return dtype
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> tuple[Tensor, Tensor]:
+        q, scale, _ = with_positive_scale(q, scale)
         results = import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
             q=q, k=k, v=v, **_options(lists, scale, q.device), return_softmax=False
         )
@@ -61,6 +63,7 @@ class PackageKernels:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: Lists, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q, scale, sign = with_positive_scale(q, scale)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_backward(
             dout=dout,
@@ -75,7 +78,7 @@ class PackageKernels:
             **_options(lists, scale, q.device),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return dq, dk, dv
+        return dq if sign == 1 else dq * sign, dk, dv
 
 
 def _version(text: str) -> tuple[int, ...]:

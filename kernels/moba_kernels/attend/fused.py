@@ -26,6 +26,7 @@ from ..ranges import ranges
 from . import cpu_flash
 from .blocks import Block
 from .lists import ChunkList
+from .rows import take_rows
 from .sums import Gradients, Sums
 
 # Elements of one gathered or computed tensor: 4 MB in fp32 for a list, which stays near the cores; 16 MB for blocks,
@@ -71,6 +72,12 @@ class StandIn:
         return torch.zeros_like(like).scatter_(-1, at.long().unsqueeze(-1), value.unsqueeze(-1))
 
 
+def _ready(x: Tensor, acc: torch.dtype) -> Tensor:
+    """x as the kernel takes it: in the accumulating dtype, its last dim dense."""
+    x = x.to(acc)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Tensor:
     """[B, length, heads, ...] of x [tokens, heads, ...]: item i begins at token first + i * stride. A view."""
     x = x[first:, heads]
@@ -93,10 +100,20 @@ class _BlockViews:
         return _view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
 
 
+def _together(num_heads: int, num_kv_heads: int) -> int:
+    """Query heads of a group in one call."""
+    return num_heads // num_kv_heads if cpu_flash.groups_natively() else 1
+
+
+def block_limits(num_heads: int, num_kv_heads: int, dim: int) -> tuple[int, int]:
+    """(queries, keys) that a block may have for one KV head of it to stay within BLOCK_ELEMENTS."""
+    max_keys = max(1, BLOCK_ELEMENTS // dim)
+    return max(1, max_keys // _together(num_heads, num_kv_heads)), max_keys
+
+
 def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[_BlockViews]:
     """A block in parts within BLOCK_ELEMENTS, one of one KV head at least."""
-    group = num_heads // num_kv_heads
-    together = group if cpu_flash.groups_natively() else 1
+    group, together = num_heads // num_kv_heads, _together(num_heads, num_kv_heads)
     size = max(block.num_queries * together, block.num_keys) * dim
     heads = max(1, min(num_kv_heads, BLOCK_ELEMENTS // size))
     count = max(1, BLOCK_ELEMENTS // (size * heads))
@@ -115,9 +132,9 @@ def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, sca
     (num_queries, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], sums.out.dtype
     out_THD, lse_TH = sums.out[:-1].view(num_queries, num_heads, dim), sums.lse[:-1].view(num_queries, num_heads)
     for views in _block_views(block, num_heads, num_kv_heads, dim):
-        q = views.of_queries(q_THD).to(acc).transpose(1, 2)
-        k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
-        out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, 0.0, block.causal, scale=scale))
+        q = _ready(views.of_queries(q_THD), acc).transpose(1, 2)
+        k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+        out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, block.causal, scale))
         into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
         if block.fresh:
             into.copy_(out)
@@ -135,36 +152,41 @@ def backward_block(
     (_, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], grads.dq.dtype
     dq_THD = grads.dq[:-1].view(q_THD.shape)
     for views in _block_views(block, num_heads, num_kv_heads, dim):
-        q, dout = (views.of_queries(x).to(acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
-        k, v = (views.of_keys(x).to(acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+        q, dout = (_ready(views.of_queries(x), acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
+        k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
         out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
         lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
-        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, 0.0, block.causal, scale=scale)
+        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, block.causal, scale)
         views.of_queries(dq_THD).add_(dq.transpose(1, 2))
         views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
         views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
 
 
+def _pieces(of: ChunkList, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A list in pieces whose rows stay within LIST_ELEMENTS, and dk, which every tile has one of, in BLOCK_ELEMENTS."""
+    max_tiles = max(1, BLOCK_ELEMENTS // (of.num_keys * dim))
+    return of.pieces(min(LIST_ELEMENTS // dim, max_tiles * of.tile_rows))
+
+
 def _tiles(x: Tensor, rows: Tensor, num_tiles: int, acc: torch.dtype) -> Tensor:
     """[N,1,M,D]: the rows of a list, padded with its first row."""
-    return x.flatten(0, 1).index_select(0, rows).to(acc).view(num_tiles, 1, -1, x.shape[-1])
+    return take_rows(x, rows).to(acc).view(num_tiles, 1, -1, x.shape[-1])
 
 
 def _chunk(x: Tensor, of: ChunkList, num_tiles: int, acc: torch.dtype) -> Tensor:
     """[N,1,L,D]: the chunk's keys, the same memory for every tile."""
-    keys = x[of.first_key : of.first_key + of.num_keys, of.kv_head].to(acc)
+    keys = _ready(x[of.first_key : of.first_key + of.num_keys, of.kv_head], acc)
     return keys[None, None].expand(num_tiles, 1, -1, -1)
 
 
 def forward_list(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, sums: Sums) -> None:
     """Merge what the rows of a list get from their chunk."""
     acc, dim = sums.out.dtype, q_THD.shape[2]
-    for real, padded in of.pieces(LIST_ELEMENTS // dim):
+    for real, padded in _pieces(of, dim):
         num_tiles = len(padded) // of.tile_rows
         q = _tiles(q_THD, padded, num_tiles, acc)
-        out, lse = cpu_flash.forward(
-            q, *(_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD)), 0.0, False, scale=scale
-        )
+        k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
+        out, lse = cpu_flash.forward(q, k, v, False, scale)
         # With one head the kernel's [N,M,1,D] is [N,1,M,D] as it lies.
         sums.merge_(real, out.reshape(-1, dim)[: len(real)], lse.reshape(-1)[: len(real)])
 
@@ -175,7 +197,7 @@ def backward_list(
     """Add what the rows of a list and their chunk give each other."""
     acc, dim = grads.dq.dtype, q_THD.shape[2]
     keys = slice(of.first_key, of.first_key + of.num_keys)
-    for real, padded in of.pieces(LIST_ELEMENTS // dim):
+    for real, padded in _pieces(of, dim):
         num_tiles = len(padded) // of.tile_rows
         q, dout = (_tiles(x, padded, num_tiles, acc) for x in (q_THD, grads.dout_THD))
         dout.view(-1, dim)[len(real) :] = 0  # padding gives nothing
@@ -185,7 +207,7 @@ def backward_list(
         )
         out = StandIn.fill(dout, at, value)
         k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
-        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, False, scale)
         grads.dq.index_add_(0, real, dq.reshape(-1, dim)[: len(real)])
         grads.dk_SKD[keys, of.kv_head] += dk.sum((0, 1))
         grads.dv_SKD[keys, of.kv_head] += dv.sum((0, 1))

@@ -29,7 +29,7 @@ MIN_TILE_ROWS = 16
 
 @dataclass(frozen=True)
 class ChunkList:
-    """The rows of some queries that picked one chunk under one KV head."""
+    """The rows of some queries that picked one chunk under one KV head, and keys of the chunk."""
 
     rows_E: Tensor
     """int64, ascending, each once."""
@@ -72,11 +72,12 @@ def tile_rows_of(average: int) -> int:
 
 
 def chunk_lists(
-    routing: Routing, takes_picks_T: Tensor, key_edges_C: IntArray, num_heads: int, num_kv_heads: int
+    routing: Routing, takes_picks_T: Tensor, key_edges_C: IntArray, num_heads: int, num_kv_heads: int, max_keys: int
 ) -> Iterator[ChunkList]:
     """Every (row, picked chunk) once, in lists. Chunk c holds keys key_edges_C[c] .. key_edges_C[c+1]-1 at hand.
 
-    takes_picks_T: bool [T]; other queries have their picks in their causal segment.
+    takes_picks_T: bool [T]; other queries have their picks in their causal segment. A list has max_keys keys at most:
+    a longer chunk gives several of the same rows.
     """
     keys_of = np.diff(key_edges_C)
     num_queries, routed, slots = routing.stored.shape
@@ -100,4 +101,6 @@ def chunk_lists(
                 entry = order[ends[chunk] - counts[chunk] : ends[chunk]] // slots
                 first_row = (entry // routed_of_kv + part.start) * num_heads + kv_head * group + entry % routed_of_kv
                 rows = (first_row[:, None] + member).flatten()
-                yield ChunkList(rows, kv_head, int(key_edges_C[chunk]), int(keys_of[chunk]), tile_rows)
+                for keys in ranges(int(keys_of[chunk]), max_keys):
+                    first_key = int(key_edges_C[chunk]) + keys.start
+                    yield ChunkList(rows, kv_head, first_key, keys.stop - keys.start, tile_rows)

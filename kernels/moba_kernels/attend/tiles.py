@@ -18,6 +18,7 @@ from torch import Tensor
 from ..report import PairTally
 from ..scatter import add_rows_
 from .call import AttendCall
+from .rows import take_rows
 from .steps import Shape, Step, visible_keys
 from .sums import Gradients, Sums
 
@@ -91,16 +92,16 @@ def _count(batch: TileBatch, shape: Shape, tally: PairTally) -> None:
     tally.add(attended, batch.rows.numel() * batch.length)
 
 
-def _gather(rows_RD: Tensor, index: Tensor, num_tiles: int, dtype: torch.dtype) -> Tensor:
+def _gather(x_THD: Tensor, rows: Tensor, num_tiles: int, dtype: torch.dtype) -> Tensor:
     """[N, n, D]: the rows of every tile."""
-    return rows_RD.index_select(0, index).view(num_tiles, -1, rows_RD.shape[-1]).to(dtype)
+    return take_rows(x_THD, rows).view(num_tiles, -1, x_THD.shape[-1]).to(dtype)
 
 
 def _gather_queries(x_THD: Tensor, batch: TileBatch, dtype: torch.dtype) -> Tensor:
     """[N, M, D]: the query rows of every tile, zero where a row is padding."""
-    rows_RD = x_THD.reshape(x_THD.shape[0] * x_THD.shape[1], -1)
-    padding = batch.rows == rows_RD.shape[0]
-    tiles = _gather(rows_RD, batch.rows.clamp_max(rows_RD.shape[0] - 1), batch.num_tiles, dtype)
+    num_rows = x_THD.shape[0] * x_THD.shape[1]
+    padding = batch.rows == num_rows
+    tiles = _gather(x_THD, batch.rows.clamp_max(num_rows - 1), batch.num_tiles, dtype)
     return tiles.masked_fill_(padding.view(batch.num_tiles, -1, 1), 0.0)
 
 
@@ -120,17 +121,16 @@ def forward_steps(
     """softmax(scale * q k^T + mask) v and its log-sum-exp, merged tile by tile into `sums`."""
     acc = sums.out.dtype
     shape = Shape.of(q_THD, k_SKD)
-    keys, values = k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
     for batch in _batches(steps, call, shape, q_THD.device, tally):
         num_tiles = batch.num_tiles
-        scores = _scores(_gather_queries(q_THD, batch, acc), _gather(keys, batch.key_rows, num_tiles, acc), call.scale)
+        scores = _scores(_gather_queries(q_THD, batch, acc), _gather(k_SKD, batch.key_rows, num_tiles, acc), call.scale)
         batch.mask_out_(scores, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         if batch.seen_NM1 is not None:  # a row that sees nothing has only -inf
             top = torch.where(top == -torch.inf, 0.0, top)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        tile_out = torch.bmm(weights, _gather(values, batch.key_rows, num_tiles, acc))
+        tile_out = torch.bmm(weights, _gather(v_SKD, batch.key_rows, num_tiles, acc))
         tile_out.div_(total if batch.seen_NM1 is None else torch.where(total == 0, 1.0, total))
         tile_lse = top.add_(total.log()).flatten()
         sums.merge_(batch.rows, tile_out.flatten(0, 1), tile_lse, fresh=batch.fresh)
@@ -145,13 +145,12 @@ def backward_steps(
     """
     acc = grads.dq.dtype
     shape = Shape.of(q_THD, k_SKD)
-    keys, values = k_SKD.flatten(0, 1), v_SKD.flatten(0, 1)
     dk, dv = grads.dk_SKD.flatten(0, 1), grads.dv_SKD.flatten(0, 1)
     for batch in _batches(steps, call, shape, q_THD.device, None):
         num_tiles = batch.num_tiles
         q, dout = (_gather_queries(x, batch, acc) for x in (q_THD, grads.dout_THD))
-        lse, delta = (_gather_queries(x, batch, acc) for x in (grads.lse_TH, grads.delta_TH))
-        k, v = (_gather(x, batch.key_rows, num_tiles, acc) for x in (keys, values))
+        lse, delta = (_gather_queries(x.unsqueeze(-1), batch, acc) for x in (grads.lse_TH, grads.delta_TH))
+        k, v = (_gather(x, batch.key_rows, num_tiles, acc) for x in (k_SKD, v_SKD))
         weights = _scores(q, k, call.scale).sub_(lse).exp_()
         batch.mask_out_(weights, 0.0)
         add_rows_(dv, batch.key_rows, torch.bmm(weights.mT, dout).flatten(0, 1))

@@ -60,7 +60,10 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
     key_S = host_positions(call.k_positions, call.pack.num_tokens)
     segments = call.segments
     steps: list[Iterator[Step]] = []
-    blocks = causal_blocks(query_T, key_S, segments.edges) if fused.serves(q_THD, v_SKD) else None
+    max_queries, max_keys = fused.block_limits(shape.num_heads, shape.num_kv_heads, q_THD.shape[2])
+    blocks = None
+    if fused.serves(q_THD, v_SKD):
+        blocks = causal_blocks(query_T, key_S, segments.edges, max_queries, max_keys)
     if blocks is None:
         edges = segments.edges
         visible_T = visible_keys(call)
@@ -73,7 +76,8 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
         chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
         takes_picks_T = torch.from_numpy(~segments.covered_C[chunk_T])
         if fused.serves(q_THD, v_SKD) and _long_lists(call, shape, key_edges_C):
-            lists = chunk_lists(call.routing, takes_picks_T, key_edges_C, shape.num_heads, shape.num_kv_heads)
+            heads = shape.num_heads, shape.num_kv_heads
+            lists = chunk_lists(call.routing, takes_picks_T, key_edges_C, *heads, max_keys)
         else:
             picks = call.routing.picks_of_heads(shape.num_heads)
             picks = torch.where(takes_picks_T.to(picks.device)[:, None, None], picks, -1)
@@ -125,10 +129,10 @@ def attend_partial_backward(
     """This part's share of (dq, dk, dv), given the global lse and delta."""
     acc = accumulate_dtype(q_THD)
     num_queries, num_heads, dim = q_THD.shape
-    lse_TH = torch.where(lse_TH == -torch.inf, 0.0, lse_TH).to(acc)
+    lse_TH = torch.where(lse_TH == -torch.inf, 0.0, lse_TH).to(acc).contiguous()
     dq = q_THD.new_zeros((num_queries * num_heads + 1, dim), dtype=acc)
     dk, dv = (torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format) for x in (k_SKD, v_SKD))
-    grads = Gradients(dout_THD, lse_TH, delta_TH.to(acc), dq, dk, dv)
+    grads = Gradients(dout_THD, lse_TH, delta_TH.to(acc).contiguous(), dq, dk, dv)
     work = work_of(call, q_THD, k_SKD, v_SKD)
     stand_in = fused.StandIn.of(dout_THD, grads.delta_TH)
     for block in work.blocks:

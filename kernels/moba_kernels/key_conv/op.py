@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_rows
 from ..derivative import refuse_second_derivative
 from ..errors import BackendError, bad_argument
 from ..triton_support import on_device_of, refuse, require_triton
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 MAX_WIDTH = 8
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def key_conv(
@@ -112,12 +112,18 @@ def _triton_form(k: Tensor) -> ModuleType:
     return triton_form
 
 
+def _check_tensor(what: str, x: Tensor, fix: str) -> None:
+    if not isinstance(x, Tensor):
+        raise bad_argument(what, type(x).__name__, fix)
+
+
 def _check_keys_and_weight(k: Tensor, weight: Tensor) -> None:
-    if k.dim() != 3 or k.dtype not in FLOATS:
-        raise bad_argument("k must be a float tensor [tokens, heads, dim]", f"{k.dtype} {tuple(k.shape)}", "reshape it")
+    check_rows("k", k)
+    what = f"weight must be [{k.shape[1]}, {k.shape[2]}, width] with a width in 1..{MAX_WIDTH}"
+    fix = "pass one filter for each channel of k"
+    _check_tensor(what, weight, fix)
     if weight.dim() != 3 or weight.shape[:2] != k.shape[1:] or not 1 <= weight.shape[2] <= MAX_WIDTH:
-        what = f"weight must be [{k.shape[1]}, {k.shape[2]}, width] with a width in 1..{MAX_WIDTH}"
-        raise bad_argument(what, tuple(weight.shape), "pass one filter for each channel of k")
+        raise bad_argument(what, tuple(weight.shape), fix)
     if weight.dtype not in (torch.float32, k.dtype):
         raise bad_argument(f"weight must be fp32 or of k's dtype {k.dtype}", weight.dtype, "cast the weight")
     if weight.device != k.device:
@@ -128,9 +134,10 @@ def _check_pieces(
     k: Tensor, width: int, document_offset: Tensor, halos: Tensor | None, lengths: tuple[int, ...]
 ) -> None:
     num_keys = k.shape[0]
+    what, fix = f"document_offset must be int32 or int64 [{num_keys}]", "pass one offset a row of k"
+    _check_tensor(what, document_offset, fix)
     if document_offset.shape != (num_keys,) or document_offset.dtype not in (torch.int32, torch.int64):
-        got = f"{document_offset.dtype} {tuple(document_offset.shape)}"
-        raise bad_argument(f"document_offset must be int32 or int64 [{num_keys}]", got, "pass one offset a row of k")
+        raise bad_argument(what, f"{document_offset.dtype} {tuple(document_offset.shape)}", fix)
     if document_offset.device != k.device:
         raise bad_argument(f"document_offset must lie on {k.device}", document_offset.device, "move it to k's device")
     if any(length < 0 for length in lengths) or sum(lengths) != num_keys:
@@ -139,10 +146,11 @@ def _check_pieces(
     if halos is None:
         return
     expected = (len(lengths), width - 1, *k.shape[1:])
+    what = f"halos must be {k.dtype} {expected} on {k.device}"
+    fix = "pass the width - 1 tokens before each piece (zeros where the row begins), or None"
+    _check_tensor(what, halos, fix)
     if halos.shape != expected or halos.dtype != k.dtype or halos.device != k.device:
-        got = f"{halos.dtype} {tuple(halos.shape)} on {halos.device}"
-        fix = "pass the width - 1 tokens before each piece (zeros where the row begins), or None"
-        raise bad_argument(f"halos must be {k.dtype} {expected} on {k.device}", got, fix)
+        raise bad_argument(what, f"{halos.dtype} {tuple(halos.shape)} on {halos.device}", fix)
 
 
 __all__ = ["key_conv"]
