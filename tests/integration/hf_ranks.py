@@ -124,5 +124,5 @@ def whole_logits(engine: GptEngine, row: Row) -> np.ndarray:
     local = engine._row_plan("stage").local_row(row, engine.topology, keep_routing=False)
     engine._gpt.eval()
     with torch.no_grad():
-        (logits,) = engine._run(iter([local]), 1, row.tokens_S.size, partial(multiply), forward_only=True)
+        (logits,) = engine._run(iter([local]), [row.tokens_S.size], partial(multiply), forward_only=True)
     return logits.float().numpy()
