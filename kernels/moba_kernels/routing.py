@@ -67,10 +67,9 @@ class Routing:
         if picks_TRP.dtype == torch.uint16:
             self._stored = picks_TRP
         elif narrow:  # -1 wraps to 65535; int16 is the step that all devices can narrow to
-            # What is no chunk must not wrap to one: 65534 is none.
-            self._stored = picks_TRP.long().clamp(-2, NONE_UINT16 - 1).to(torch.int16).view(torch.uint16)
+            self._stored = _narrowed(picks_TRP, torch.int16, NONE_UINT16 - 1).view(torch.uint16)
         else:
-            self._stored = picks_TRP.long().clamp(-2, 2**31 - 1).to(torch.int32)
+            self._stored = _narrowed(picks_TRP, torch.int32, 2**31 - 1)
 
     def trusted(self) -> Routing:
         """This routing, marked as one whose picks need no look: for those who made them."""
@@ -222,6 +221,14 @@ class Routing:
 
 
 FIX_OF_PICKS = "pick chunks of the query's own document that end before its own chunk begins, each once"
+
+
+def _narrowed(picks_TRP: Tensor, dtype: torch.dtype, no_chunk: int) -> Tensor:
+    """In `dtype`, a range at a time. What is no chunk must not wrap to one: it becomes -2, or `no_chunk`."""
+    narrow = torch.empty(picks_TRP.shape, dtype=dtype, device=picks_TRP.device)
+    for part in ranges(len(picks_TRP), TEMPORARY_ELEMENTS // max(1, picks_TRP.shape[1] * picks_TRP.shape[2])):
+        narrow[part] = picks_TRP[part].long().clamp(-2, no_chunk)
+    return narrow
 
 
 def _validate(picks_QRP: Tensor, first_Q11: Tensor, own_Q11: Tensor) -> None:

@@ -67,10 +67,8 @@ def meet(
     try:
         place.wait(["complete"], timeout)
     except RuntimeError as error:
-        came = _lines(place)
-        missing = [other for other in range(world_size) if other not in came]
         raise ExchangeError(
-            f"rank {rank} of {world_size}: at the start of the job {name_ranks(missing)} did not come within "
+            f"rank {rank} of {world_size}: at the start of the job {_missing(place, world_size)} within "
             f"{timeout.total_seconds():.0f} s; look at what its node and its launcher printed"
         ) from error
     came = _lines(place)
@@ -129,6 +127,15 @@ def _store_of_job(rank: int, world_size: int, timeout: timedelta) -> Any:
         ) from error
     store.set_timeout(timeout)
     return store
+
+
+def _missing(place: Any, world_size: int) -> str:
+    """Who did not come, in words."""
+    try:
+        came = _lines(place)
+    except RuntimeError as error:
+        return f"the store was lost, with rank 0 or the launcher ({plain_text(error)}),"
+    return f"{name_ranks([rank for rank in range(world_size) if rank not in came])} did not come"
 
 
 def _lines(place: Any) -> dict[int, dict[str, str]]:

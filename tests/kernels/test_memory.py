@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moba_kernels import Full, MoBA, Pack, attend
+from moba_kernels import Full, MoBA, Pack, Routing, attend
 
 from .inputs import make_qkv
 
@@ -41,6 +41,30 @@ def test_scratch_stays_bounded_forward_and_backward(spec, cu):
     # The gate's [T,C,H] would hold 8.4 million elements, [T,T] 67 million (4.2 million under Full).
     assert tokens * heads * 4 <= largest.num_elements <= 1 << 20
     result.report.raise_if_different()
+
+
+class LargestInt64(TorchDispatchMode):
+    """Remembers the most elements of an int64 tensor that any op allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.int64 and not result._is_view():
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("tokens", [64, 70000], ids=["uint16", "int32"])
+def test_picks_are_narrowed_a_range_at_a_time(monkeypatch, tokens):
+    monkeypatch.setattr("moba_kernels.routing.TEMPORARY_ELEMENTS", 128)
+    picks = torch.arange(tokens * 6, dtype=torch.int32).remainder(40).view(tokens, 2, 3) - 1
+    with LargestInt64() as largest:
+        routing = Routing(picks, MoBA(1, 4), Pack([0, tokens]))
+    assert torch.equal(routing.picks, picks) and routing.stored.dtype == (torch.uint16, torch.int32)[tokens > 65535]
+    assert 100 <= largest.num_elements <= 128
 
 
 class CopiedBytes(TorchDispatchMode):

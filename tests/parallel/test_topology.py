@@ -202,6 +202,18 @@ def test_a_rank_that_does_not_come_is_named_and_the_next_meeting_is_a_new_one() 
     assert isinstance(error, ExchangeError) and "rank 1 of 2: at the start of the job rank 0 did not come" in str(error)
 
 
+def test_ranks_whose_store_is_lost_while_they_wait_say_so() -> None:
+    class Store(dist.PrefixStore):  # type: ignore[misc,name-defined]
+        def get(self, key: str) -> bytes:
+            raise RuntimeError("Connection reset by peer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "PrefixStore", Store)
+        (error,) = _together(partial(meet, dist.HashStore(), 1, 2, {}, timeout=timedelta(seconds=0.2)))
+    assert isinstance(error, ExchangeError)
+    assert "the store was lost, with rank 0 or the launcher (Connection reset by peer)" in str(error)
+
+
 @pytest.mark.parametrize(("version", "told"), [("2.7.1", "1"), ("2.8.0", None)])
 def test_buffers_of_nccl_are_used_again_also_where_pytorch_must_be_told(
     version: str, told: str | None, monkeypatch: pytest.MonkeyPatch
