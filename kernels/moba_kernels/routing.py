@@ -225,7 +225,7 @@ FIX_OF_PICKS = "pick chunks of the query's own document that end before its own 
 
 def _narrowed(picks_TRP: Tensor, dtype: torch.dtype, no_chunk: int) -> Tensor:
     """In `dtype`, a range at a time. What is no chunk must not wrap to one: it becomes -2, or `no_chunk`."""
-    narrow = torch.empty(picks_TRP.shape, dtype=dtype, device=picks_TRP.device)
+    narrow = torch.empty_like(picks_TRP, dtype=dtype)  # the strides stay those of the picks
     for part in ranges(len(picks_TRP), TEMPORARY_ELEMENTS // max(1, picks_TRP.shape[1] * picks_TRP.shape[2])):
         narrow[part] = picks_TRP[part].long().clamp(-2, no_chunk)
     return narrow
