@@ -45,7 +45,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 120.0, method: str = "forkserver"
+    fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 240.0, method: str = "forkserver"
 ) -> list[Any]:
     """Run `fn(rank, n, *args)` on n ranks with a gloo process group; returns the result of each rank, in rank order.
 

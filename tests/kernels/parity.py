@@ -27,7 +27,6 @@ from torch import Tensor
 from moba_kernels import MoBA, Pack, Routing, attend, route
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
-DIM = 128
 # The largest error sits in one of a few rows with few keys, so its ratio is noisy in fp32: eight units in the last
 # place of the tensor's largest element are let through on top (PyTorch's flash kernel for CPU takes an exp that is off
 # by two, and its dq was seen more than four such units beyond twice the plain error). The ratio of the root mean
@@ -43,6 +42,7 @@ class Case:
     spec: MoBA
     dtype: torch.dtype
     seed: int
+    dim: int = 128
 
     @property
     def group(self) -> int:
@@ -72,7 +72,7 @@ def inputs(case: Case, device: str, *, integers: bool = False) -> tuple[Tensor, 
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(num_heads: int) -> Tensor:
-        shape = (case.cu[-1], num_heads, DIM)
+        shape = (case.cu[-1], num_heads, case.dim)
         drawn = (
             torch.randint(-2, 3, shape, generator=generator) if integers else torch.randn(shape, generator=generator)
         )
@@ -119,7 +119,7 @@ def compare_routing(got: Tensor, q: Tensor, k: Tensor, case: Case) -> int:
         pair = [int(x[t, r, slot]) for x in (got, want)]
         assert min(pair) >= 0, f"{case}: query {t}, head {r} picked {pair[0]} instead of {pair[1]}"
         terms = means_of(k, case, kv_head)[pair] * query
-        bound = 2 * DIM * 2.0**-24 * float(terms.abs().sum(1).max())
+        bound = 2 * case.dim * 2.0**-24 * float(terms.abs().sum(1).max())
         gap = abs(float(terms[0].sum() - terms[1].sum()))
         assert gap <= bound, f"{case}: query {t}, head {r} picked {pair[0]} instead of {pair[1]}, {gap:.3g} apart"
     rows = int(differs.any(-1).sum())
@@ -150,12 +150,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, ids: Tensor, case: Case
     for head in range(case.heads):
         kv_head = head // case.group
         q_TD, k_TD, v_TD, dout_TD = (x.to(dtype) for x in (q[:, head], k[:, kv_head], v[:, kv_head], dout[:, head]))
-        scores = (product(q_TD, k_TD.T) * DIM**-0.5).to(wide).masked_fill_(~mask_of_head(ids, head, case), -torch.inf)
+        scores = (
+            (product(q_TD, k_TD.T) * case.dim**-0.5).to(wide).masked_fill_(~mask_of_head(ids, head, case), -torch.inf)
+        )
         lse[:, head] = scores.logsumexp(1)
         p = scores.sub_(lse[:, head, None]).exp_().to(dtype)
         out[:, head] = product(p, v_TD)
         delta = (out[:, head].to(wide) * dout_TD).sum(1, keepdim=True)
-        ds = ((product(dout_TD, v_TD.T) - delta).to(dtype) * p) * DIM**-0.5
+        ds = ((product(dout_TD, v_TD.T) - delta).to(dtype) * p) * case.dim**-0.5
         dq[:, head] = product(ds, k_TD)
         dk[:, kv_head] += product(ds.T, q_TD)
         dv[:, kv_head] += product(p.T, dout_TD)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial_backward, route
 from moba_kernels.attend import blocks as blocks_module
-from moba_kernels.attend import cpu_flash, fused
-from moba_kernels.attend.blocks import causal_blocks
+from moba_kernels.attend import cpu_flash, fused, masked
+from moba_kernels.attend.blocks import causal_blocks, fitted
+from moba_kernels.attend.call import AttendCall
 from moba_kernels.attend.lists import average_list, chunk_lists, tile_rows_of
 
 from .inputs import ROWS, assert_close, make_qkv
@@ -21,20 +22,24 @@ from .test_attend import SPECS, check_against_oracle, plain, run
 from .test_memory import LargestTensor
 from .test_partial import check_that_parts_merge_to_the_whole
 
+MANY_PICKS = MoBA(16, 100)  # for masks: see the test of where they are taken
+
 torch_backend = import_module("moba_kernels.attend.torch")
 
 
-@pytest.fixture(params=["lists", "tiles"])
+@pytest.fixture(params=["lists", "tiles", "masks"])
 def at_any_size(request, monkeypatch):
-    """Small rows take the kernel too; picks go by lists, or by tiles after the kernel's blocks."""
+    """Small rows take the kernel too; picks go by lists, by tiles after the kernel's blocks, or by masks."""
     monkeypatch.setattr(fused, "MIN_KEYS", 0)
     monkeypatch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
+    monkeypatch.setattr(masked, "_pays", lambda *sizes: request.param == "masks")
     monkeypatch.setattr(torch_backend, "MIN_PAIRS_OF_LIST", 0 if request.param == "lists" else 1 << 60)
 
 
 @pytest.fixture
 def small_halves(monkeypatch):
     monkeypatch.setattr(blocks_module, "SMALLEST_HALF", 3)
+    monkeypatch.setattr(masked, "SIDE", 13)
 
 
 @pytest.mark.usefixtures("at_any_size", "small_halves")
@@ -103,6 +108,7 @@ def test_the_kernel_is_asked_whether_it_groups_and_not_the_version(monkeypatch):
 def test_work_cut_into_small_pieces_is_the_same(monkeypatch):
     monkeypatch.setattr(fused, "LIST_ELEMENTS", 1)
     monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(masked, "SIDE", 6)
     monkeypatch.setattr(import_module("moba_kernels.attend.lists"), "RANGE_ENTRIES", 7)
     for spec in (Full(), MoBA(8, 3), MoBA(8, 3, "group")):
         check_against_oracle([0, 37, 90], spec, backends=["torch"])
@@ -163,7 +169,8 @@ def test_blocks_hold_every_visible_pair_once_or_are_refused(data):
         patch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
         max_queries = data.draw(st.integers(1, 9))
         max_keys = data.draw(st.integers(max_queries, 12))
-        blocks = causal_blocks(queries, keys, edges, max_queries, max_keys)
+        blocks = causal_blocks(queries, keys, edges)
+        blocks = None if blocks is None else fitted(blocks, max_queries, max_keys)
     if blocks is None:
         assert len(keys) < edges[-1]  # with all keys at hand there are always blocks
         return
@@ -179,16 +186,54 @@ def test_blocks_hold_every_visible_pair_once_or_are_refused(data):
         first |= rows
 
 
+def way_of_picks(cu, spec, heads, kv_heads, q_positions=None, value_dim=64):
+    """What `work_of` takes for the picks of a call of head dim 64 on a whole row, or of some queries."""
+    pack, rows = Pack(cu), cu[-1] if q_positions is None else len(q_positions)
+    picks = torch.full((rows, spec.routed_heads(heads, kv_heads), spec.num_picks), -1)
+    routing = Routing(picks, spec, pack, q_positions, complete=True)
+    call = AttendCall(pack, q_positions, None, routing, 1.0, torch.float32)
+    q, k, v = torch.empty(rows, heads, 64), torch.empty(cu[-1], kv_heads, 64), torch.empty(cu[-1], kv_heads, value_dim)
+    work = torch_backend.work_of(call, q, k, v)
+    return "masks" if work.masked else "lists" if work.lists else "tiles"
+
+
+def test_masks_are_taken_for_small_chunks_and_many_picks_of_a_whole_row():
+    row, many = [0, 4096], MoBA(16, 100)
+    assert [way_of_picks(row, MoBA(16, topk), 8, 2) for topk in (16, 64, 100)] == ["tiles", "masks", "masks"]
+    assert [way_of_picks(row, MoBA(size, 2048 // size), 8, 2) for size in (16, 64, 128)] == ["masks", "lists", "lists"]
+    assert way_of_picks([*range(0, 4097, 128)], MoBA(16, 3), 8, 2) == "masks"
+    assert way_of_picks([*range(0, 4097, 256)], MoBA(32, 3), 8, 2) == "tiles"
+    assert way_of_picks([0, 65536], many, 8, 2) == "tiles"
+    assert way_of_picks(row, many, 8, 2, torch.arange(4095)) == "lists"  # a shard
+    assert way_of_picks(row, many, 8, 2, value_dim=32) == "tiles"  # not for that kernel
+
+
+def test_documents_under_masks_beside_covered_ones_count_their_pairs_exactly_and_repeat_bitwise():
+    cu = [0, 100, 4300, 4310]
+    q, k, v, dout = make_qkv(cu, heads=2, kv_heads=1, dim=8, dtype=torch.float32)
+    first, *grads = run(q, k, v, dout, MANY_PICKS, cu)
+    again, *others = run(q, k, v, dout, MANY_PICKS, cu)
+    assert first.report.covered_documents == 2
+    first.report.raise_if_different()
+    assert torch.equal(first.out, again.out) and all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+    want = run(q.double(), k.double(), v.double(), dout.double(), MANY_PICKS, cu, backend="flash", return_routing=True)
+    frozen = run(q, k, v, dout, MANY_PICKS, cu, routing=want[0].routing)
+    for got, exact in zip(
+        (frozen[0].out, frozen[0].lse, *frozen[1:]), (want[0].out, want[0].lse, *want[1:]), strict=True
+    ):
+        assert_close(got, exact, 2e-5)
+
+
 def test_scattered_queries_and_tiny_documents_are_no_union_of_blocks():
     token = np.arange(8192)
-    assert causal_blocks(token[::2], token, np.array([0, 8192]), 8192, 8192) is None
+    assert causal_blocks(token[::2], token, np.array([0, 8192])) is None
     uneven = np.cumsum([0, *np.random.default_rng(0).integers(1, 20, 800)])
-    assert causal_blocks(np.arange(uneven[-1]), np.arange(uneven[-1]), uneven, 8192, 8192) is None
+    assert causal_blocks(np.arange(uneven[-1]), np.arange(uneven[-1]), uneven) is None
 
 
 def test_equal_segments_share_one_block():
     token = np.arange(64)
-    (block,) = causal_blocks(token, token, np.arange(0, 65, 8), 64, 64)
+    (block,) = causal_blocks(token, token, np.arange(0, 65, 8))
     assert (block.count, block.stride, block.num_queries) == (8, 8, 8)
     assert block.pairs(num_heads=2)[0] == 2 * 8 * 36
 
@@ -254,7 +299,7 @@ def test_the_stand_in_has_the_row_sum_that_was_asked_for_at_any_scale(size):
     assert ((row_sum - delta).abs() <= 1e-7 * delta.abs()).all()
 
 
-@pytest.mark.parametrize("spec", [Full(), MoBA(1024, 2), MoBA(512, 3, "group"), MoBA(300, 4)], ids=str)
+@pytest.mark.parametrize("spec", [Full(), MoBA(1024, 2), MoBA(512, 3, "group"), MoBA(300, 4), MANY_PICKS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_perturbed_future_tokens_leave_the_prefix_bitwise_the_same(spec, dtype):
     cu = [0, 700, 4500]

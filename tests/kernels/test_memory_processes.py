@@ -136,9 +136,9 @@ def test_the_order_of_running_does_not_matter(measured):
     assert max(found.left_behind) <= 4 * MIB
 
 
-@pytest.mark.parametrize("name", ["wide:512x4", "wide:16x4"], ids=["lists", "tiles"])
+@pytest.mark.parametrize("name", ["wide:512x4", "wide:16x4", "wide:16x64"], ids=["lists", "tiles", "masks"])
 def test_scratch_of_a_wide_model_stays_under_the_documented_bound(name):
-    tokens, heads, picks = 4096, SHAPES["wide"][0], 3
+    tokens, heads, picks = 4096, SHAPES["wide"][0], spec_of(name.removeprefix("wide:")).num_picks
     (line,) = measure("torch", name, tokens=tokens)
     of_rows = tokens * heads * (torch_backend.BYTES_OF_ROW + picks * (2 + torch_backend.BYTES_OF_PICK))
     assert line["bytes"] <= torch_backend.SCRATCH_BYTES + of_rows

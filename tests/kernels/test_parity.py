@@ -29,6 +29,23 @@ def test_a_sample_of_the_grid_routes_exactly_and_attends_within_twice_the_plain_
     parity.check_all(parity.sample(24)[part::4], "cpu", f"sample {part + 1}")
 
 
+@pytest.mark.parametrize(
+    ("spec", "dim", "dtype"),
+    [
+        (parity.MoBA(512, 3), 64, torch.float32),
+        (parity.MoBA(512, 3), 64, torch.bfloat16),
+        (parity.MoBA(256, 4, "group"), 128, torch.float32),
+        (parity.MoBA(256, 4, "group"), 128, torch.bfloat16),
+        (parity.MoBA(16, 100), 64, torch.float32),
+    ],
+    ids=str,
+)
+def test_long_rows_on_cpu_route_exactly_and_attend_within_twice_the_plain_error(spec, dim, dtype):
+    """Rows that PyTorch's flash kernel serves: covered documents, lists, and masks."""
+    case = parity.Case((0, 900, 4200), 2, 1, spec, dtype, seed=3, dim=dim)
+    parity.check(case, ("torch",), "cpu")
+
+
 @pytest.mark.parity
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,7 +93,7 @@ def test_the_dense_reference_is_autograds():
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     mask = torch.stack([parity.mask_of_head(ids, head, case) for head in range(2)])
     keys, values = (x.repeat_interleave(2, 1).transpose(0, 1) for x in leaves[1:])
-    scores = (leaves[0].transpose(0, 1) @ keys.mT * parity.DIM**-0.5).masked_fill(~mask, -torch.inf)
+    scores = (leaves[0].transpose(0, 1) @ keys.mT * case.dim**-0.5).masked_fill(~mask, -torch.inf)
     out = (scores.softmax(-1) @ values).transpose(0, 1)
     want = [out.detach(), scores.logsumexp(-1).T.detach(), *torch.autograd.grad(out, leaves, dout)]
     for got, exact in zip(parity.dense(q, k, v, dout, ids, case, torch.float64), want, strict=True):

@@ -65,3 +65,8 @@ def test_a_row_of_8192_tokens_reaches_0_4_of_the_pair_ratio():
 @pytest.mark.usefixtures("all_cores")
 def test_a_row_that_topk_chunks_cover_costs_what_dense_attention_costs():
     assert best_speed_up(MoBA(1024, 4), 4096, 1 / 1.15) >= 1 / 1.15  # 1.05 on a quiet machine: `make bench`
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_picks_of_half_the_pairs_cost_no_more_than_dense_attention():
+    assert best_speed_up(MoBA(128, 14), 4096, 1 / 1.1) >= 1 / 1.1

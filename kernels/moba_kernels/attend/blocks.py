@@ -60,15 +60,12 @@ class Block:
         )
 
 
-def causal_blocks(
-    query_T: IntArray, key_S: IntArray, edges: IntArray, max_queries: int, max_keys: int
-) -> list[Block] | None:
+def causal_blocks(query_T: IntArray, key_S: IntArray, edges: IntArray) -> list[Block] | None:
     """Every query against the keys at hand of its segment up to itself; None where that is no union of blocks, or of
     too many.
 
     query_T, key_S: ascending positions at hand. edges [G+1] segment edges. It is one when, for every run of consecutive
-    queries in a segment, all keys of the run's own tokens are at hand, or none. A block has max_queries queries and
-    max_keys keys at most; max_keys >= max_queries.
+    queries in a segment, all keys of the run's own tokens are at hand, or none.
     """
     if not len(query_T) or not len(key_S):
         return []
@@ -91,7 +88,7 @@ def causal_blocks(
     grouped = list(_grouped(blocks))
     if len(grouped) * MIN_QUERIES_OF_BLOCK > len(query_T):
         return None
-    return [half for block in grouped for cut in _cut(block, max_queries, max_keys) for half in _halved(cut)]
+    return grouped
 
 
 def _grouped(blocks: list[Block]) -> Iterator[Block]:
@@ -113,7 +110,12 @@ def _grouped(blocks: list[Block]) -> Iterator[Block]:
         yield group
 
 
-def _cut(block: Block, max_queries: int, max_keys: int) -> Iterator[Block]:
+def fitted(blocks: list[Block], max_queries: int, max_keys: int) -> list[Block]:
+    """The same pairs in blocks of max_queries queries and max_keys keys at most, squares halved where that pays."""
+    return [half for block in blocks for piece in cut(block, max_queries, max_keys) for half in _halved(piece)]
+
+
+def cut(block: Block, max_queries: int, max_keys: int) -> Iterator[Block]:
     """A block in pieces of bounded size, the one that writes a query first."""
     for queries in ranges(block.num_queries, max_queries):
         length = queries.stop - queries.start

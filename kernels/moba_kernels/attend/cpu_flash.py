@@ -1,7 +1,8 @@
 """The flash kernel that PyTorch ships for CPUs: it returns the log-sum-exp, and takes one head dim for q, k and v.
 
 q, dout, out [B, H, L, D]; k, v [B, K, M, D]; lse [B, H, L]; fp32 or fp64; strides are free but for the last dim, which
-must lie dense. B batch, H query heads, K key/value heads, L rows, M keys, D head dim.
+must lie dense. mask [B, 1 or H, L, M], in their dtype, is added to the scaled scores. B batch, H query heads, K KV
+heads, L rows, M keys, D head dim.
 """
 
 from __future__ import annotations
@@ -14,20 +15,32 @@ from torch import Tensor
 from .call import with_positive_scale
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, scale, _ = with_positive_scale(q, scale)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
     return out, lse
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     q, scale, sign = with_positive_scale(q, scale)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, scale=scale
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return dq if sign == 1 else dq * sign, dk, dv
 

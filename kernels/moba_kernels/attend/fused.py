@@ -78,7 +78,7 @@ def _ready(x: Tensor, acc: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Tensor:
+def view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Tensor:
     """[B, length, heads, ...] of x [tokens, heads, ...]: item i begins at token first + i * stride. A view."""
     x = x[first:, heads]
     strides = (x.stride(0) * max(1, block.stride), *x.stride())
@@ -86,7 +86,7 @@ def _view(x: Tensor, first: int, length: int, block: Block, heads: slice) -> Ten
 
 
 @dataclass(frozen=True)
-class _BlockViews:
+class BlockViews:
     """Some of the equal blocks, under some KV heads and all query heads of their groups, or one of each."""
 
     block: Block
@@ -94,10 +94,10 @@ class _BlockViews:
     kv_heads: slice
 
     def of_queries(self, x: Tensor) -> Tensor:
-        return _view(x, self.block.first_query, self.block.num_queries, self.block, self.q_heads)
+        return view(x, self.block.first_query, self.block.num_queries, self.block, self.q_heads)
 
     def of_keys(self, x: Tensor) -> Tensor:
-        return _view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
+        return view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
 
 
 def _together(num_heads: int, num_kv_heads: int) -> int:
@@ -111,7 +111,7 @@ def block_limits(num_heads: int, num_kv_heads: int, dim: int) -> tuple[int, int]
     return max(1, max_keys // _together(num_heads, num_kv_heads)), max_keys
 
 
-def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[_BlockViews]:
+def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> Iterator[BlockViews]:
     """A block in parts within BLOCK_ELEMENTS, one of one KV head at least."""
     group, together = num_heads // num_kv_heads, _together(num_heads, num_kv_heads)
     size = max(block.num_queries * together, block.num_keys) * dim
@@ -122,44 +122,70 @@ def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> I
         for first in range(0, num_kv_heads, heads):
             stop = min(num_kv_heads, first + heads)
             for member in range(0, group, together):
-                yield _BlockViews(
+                yield BlockViews(
                     part, slice(first * group + member, stop * group, group // together), slice(first, stop)
                 )
 
 
 def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, sums: Sums) -> None:
     """Write or merge one block's share of the output."""
-    (num_queries, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], sums.out.dtype
-    out_THD, lse_TH = sums.out[:-1].view(num_queries, num_heads, dim), sums.lse[:-1].view(num_queries, num_heads)
-    for views in _block_views(block, num_heads, num_kv_heads, dim):
-        q = _ready(views.of_queries(q_THD), acc).transpose(1, 2)
-        k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
-        out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, block.causal, scale))
-        into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
-        if block.fresh:
-            into.copy_(out)
-            into_lse.copy_(lse)
-            continue
-        merged = torch.logaddexp(into_lse, lse)
-        into.mul_(torch.exp(into_lse - merged).unsqueeze(-1)).addcmul_(out, torch.exp(lse - merged).unsqueeze(-1))
-        into_lse.copy_(merged)
+    for views in _block_views(block, q_THD.shape[1], k_SKD.shape[1], q_THD.shape[2]):
+        forward_views(q_THD, k_SKD, v_SKD, views, scale, sums)
+
+
+def forward_views(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    views: BlockViews,
+    scale: float,
+    sums: Sums,
+    mask: Tensor | None = None,
+) -> None:
+    """One call of the kernel; mask [B,1 or heads,M,L] is added to the scores."""
+    acc, block = sums.out.dtype, views.block
+    out_THD, lse_TH = sums.out[:-1].view(q_THD.shape), sums.lse[:-1].view(q_THD.shape[:2])
+    q = _ready(views.of_queries(q_THD), acc).transpose(1, 2)
+    k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+    out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, block.causal, scale, mask))
+    into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
+    if block.fresh:
+        into.copy_(out)
+        into_lse.copy_(lse)
+        return
+    merged = torch.logaddexp(into_lse, lse)
+    into.mul_(torch.exp(into_lse - merged).unsqueeze(-1)).addcmul_(out, torch.exp(lse - merged).unsqueeze(-1))
+    into_lse.copy_(merged)
 
 
 def backward_block(
     q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
     """Add one block's share of the gradients."""
-    (_, num_heads, dim), num_kv_heads, acc = q_THD.shape, k_SKD.shape[1], grads.dq.dtype
-    dq_THD = grads.dq[:-1].view(q_THD.shape)
-    for views in _block_views(block, num_heads, num_kv_heads, dim):
-        q, dout = (_ready(views.of_queries(x), acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
-        k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
-        out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
-        lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
-        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, block.causal, scale)
-        views.of_queries(dq_THD).add_(dq.transpose(1, 2))
-        views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
-        views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
+    for views in _block_views(block, q_THD.shape[1], k_SKD.shape[1], q_THD.shape[2]):
+        backward_views(q_THD, k_SKD, v_SKD, views, scale, grads, stand_in)
+
+
+def backward_views(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    views: BlockViews,
+    scale: float,
+    grads: Gradients,
+    stand_in: StandIn,
+    mask: Tensor | None = None,
+) -> None:
+    """One call of the kernel, as in `forward_views`."""
+    acc = grads.dq.dtype
+    q, dout = (_ready(views.of_queries(x), acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
+    k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+    out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
+    lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
+    dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, views.block.causal, scale, mask)
+    views.of_queries(grads.dq[:-1].view(q_THD.shape)).add_(dq.transpose(1, 2))
+    views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
+    views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
 
 
 def _pieces(of: ChunkList, dim: int) -> Iterator[tuple[Tensor, Tensor]]:

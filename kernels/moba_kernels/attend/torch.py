@@ -6,7 +6,8 @@ Work comes in two parts, each done in one of two ways (attend/README.md):
     picks              lists, chunk by chunk, through that kernel           or tiles, slot by slot, in batched GEMMs
 
 The built-in kernel is taken on CPU where q, k and v share a head dim, for segments that are unions of blocks, and for
-picks whose lists are long enough to be worth a call each.
+picks whose lists are long enough to be worth a call each. Where chunks are small and picks many, it takes whole
+documents instead, both parts at once, under a mask of the picks (masked.py).
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim.
 """
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from ..pack import IntArray
 from ..report import PairTally, Partial
-from . import fused
-from .blocks import Block, causal_blocks
+from . import fused, masked
+from .blocks import Block, causal_blocks, fitted
 from .call import AttendCall, accumulate_dtype, host_positions
 from .lists import ChunkList, average_list, chunk_lists
+from .masked import Masked, split_documents
 from .steps import Shape, Step, causal_steps, pick_steps, visible_keys
 from .sums import Gradients, Sums
 from .tiles import backward_steps, forward_steps
@@ -34,7 +36,7 @@ from .tiles import backward_steps, forward_steps
 # Memory that a call takes beyond inputs, results (in fp32 where they are narrower) and the stored routing: gathered
 # rows and tiles, sorted picks, scores. Independent of the density; the tests hold every density to it. What comes with
 # every (query, head) is BYTES_OF_ROW: positions, lse, delta and its stand-in in the backward. Picks that go by tiles
-# (short lists, or head dims that differ) take BYTES_OF_PICK each on top.
+# (short lists, or head dims that differ) or by masks take BYTES_OF_PICK each on top.
 SCRATCH_BYTES = 160 << 20
 BYTES_OF_ROW = 32
 BYTES_OF_PICK = 8
@@ -47,6 +49,7 @@ class Work:
     """One call, taken apart: every pair is in exactly one of these, which run in this order."""
 
     blocks: Sequence[Block] = ()
+    masked: Masked | None = None
     steps: Iterator[Step] | None = None
     lists: Iterator[ChunkList] | None = None
 
@@ -60,10 +63,15 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
     key_S = host_positions(call.k_positions, call.pack.num_tokens)
     segments = call.segments
     steps: list[Iterator[Step]] = []
-    max_queries, max_keys = fused.block_limits(shape.num_heads, shape.num_kv_heads, q_THD.shape[2])
-    blocks = None
-    if fused.serves(q_THD, v_SKD):
-        blocks = causal_blocks(query_T, key_S, segments.edges, max_queries, max_keys)
+    served = fused.serves(q_THD, v_SKD)
+    heads = shape.num_heads, shape.num_kv_heads
+    max_queries, max_keys = fused.block_limits(*heads, q_THD.shape[2])
+    documents = split_documents(call, *heads, MIN_PAIRS_OF_LIST) if served else None
+    if documents is not None:
+        assert call.routing is not None
+        covered, others = documents
+        return Work(fitted(covered, max_queries, max_keys), Masked.of(others, call.routing, *heads))
+    blocks = causal_blocks(query_T, key_S, segments.edges) if served else None
     if blocks is None:
         edges = segments.edges
         visible_T = visible_keys(call)
@@ -76,13 +84,13 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
         chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
         takes_picks_T = torch.from_numpy(~segments.covered_C[chunk_T])
         if fused.serves(q_THD, v_SKD) and _long_lists(call, shape, key_edges_C):
-            heads = shape.num_heads, shape.num_kv_heads
             lists = chunk_lists(call.routing, takes_picks_T, key_edges_C, *heads, max_keys)
         else:
             picks = call.routing.picks_of_heads(shape.num_heads)
             picks = torch.where(takes_picks_T.to(picks.device)[:, None, None], picks, -1)
             steps.append(pick_steps(picks, key_edges_C, shape, q_THD.device))
-    return Work(blocks or (), chain.from_iterable(steps) if steps else None, lists)
+    blocks = fitted(blocks or [], max_queries, max_keys)
+    return Work(blocks, None, chain.from_iterable(steps) if steps else None, lists)
 
 
 def _long_lists(call: AttendCall, shape: Shape, key_edges_C: IntArray) -> bool:
@@ -107,6 +115,8 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         fused.forward_block(q_THD, k_SKD, v_SKD, block, call.scale, sums)
         if tally is not None:
             tally.add(*block.pairs(num_heads))
+    if work.masked is not None:
+        masked.forward(q_THD, k_SKD, v_SKD, work.masked, call.scale, sums, tally)
     if work.steps is not None:
         forward_steps(work.steps, q_THD, k_SKD, v_SKD, call, sums, tally)
     for of in work.lists or ():
@@ -137,6 +147,8 @@ def attend_partial_backward(
     stand_in = fused.StandIn.of(dout_THD, grads.delta_TH)
     for block in work.blocks:
         fused.backward_block(q_THD, k_SKD, v_SKD, block, call.scale, grads, stand_in)
+    if work.masked is not None:
+        masked.backward(q_THD, k_SKD, v_SKD, work.masked, call.scale, grads, stand_in)
     if work.steps is not None:
         backward_steps(work.steps, q_THD, k_SKD, v_SKD, call, grads)
     for of in work.lists or ():
