@@ -143,8 +143,9 @@ def pass_gate(bench: Bench) -> bool:
     device = bench.options.device
     backends = [bench.options.backend]
     checked = [shapes.small_of(s, LARGEST_GATE_CHUNK[device]) for s in bench.shapes]
-    if device == "cpu" and any(s.tokens >= shapes.LONG_GATE.tokens for s in bench.shapes):
-        checked.append(shapes.LONG_GATE)
+    if device == "cpu":
+        longest = max((shape.tokens for shape in bench.shapes), default=0)
+        checked += [gate for gate in shapes.LONG_GATES if gate.tokens <= longest]
     if bench.options.backend != "flash" and any(s.paper for s in bench.shapes):
         reason = contestants.why_not("flash", parity.make_inputs(checked[0], device))
         backends += ["flash"] if reason is None else []

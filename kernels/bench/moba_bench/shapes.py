@@ -131,8 +131,8 @@ def small_of(shape: Shape, largest_chunk: int) -> Shape:
     )
 
 
-LONG_GATE = Shape((4300,), 4, 2, 64, 512, 4)
-"""On a CPU, backends take other ways for long rows (moba_kernels/attend/fused.py): the gate must go them too."""
+LONG_GATES = Shape((4300,), 4, 2, 64, 512, 4), Shape((4300,), 2, 1, 64, 16, 100)
+"""On a CPU, backends take other ways for long rows (attend/fused.py, attend/masked.py): the gate must go them too."""
 
 
 def cpu_shapes() -> tuple[Shape, ...]:
@@ -148,6 +148,7 @@ def cpu_shapes() -> tuple[Shape, ...]:
         # Around the edge where sparsity begins to pay.
         replace(main, documents=(4096,)),
         replace(main, documents=(4096,), chunk=64, topk=8),
+        replace(main, documents=(4096,), chunk=16, topk=64),  # dense attention is faster here
         replace(main, documents=(8192,), chunk=128, topk=8),
         replace(main, documents=(4096, 2048, 1024, 1024), chunk=256, topk=3),
         # A million tokens, and what its time a token is compared with.
