@@ -4,20 +4,22 @@ With small chunks and many picks a list costs more to gather and to merge than i
 takes all earlier keys of its document, block by block and head by head, as plain causal attention does, and a mask that
 is added to the scores keeps out of the softmax what was not picked.
 
-Shape letters: T tokens, H query heads, K key/value heads, D head dim, R routing heads, P picks, B equal blocks, M
-queries and L keys of a block, W chunks that the keys of a block lie in.
+Shape letters: T tokens, H query heads, K key/value heads, D head dim, P picks, B equal blocks, M queries and L keys of
+a block, W chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..pack import planned_pairs_of_lengths
+from ..ranges import ranges
 from ..report import PairTally
 from ..routing import Routing
 from ..spec import Full, MoBA
@@ -26,8 +28,9 @@ from .call import AttendCall
 from .fused import BlockViews, StandIn, backward_views, forward_views, view
 from .sums import Gradients, Sums
 
-# Queries and keys of a block; its mask is 4 MB in fp32.
+# Queries and keys of a block; its mask is 4 MB in fp32, and what its queries open of MAX_CHUNKS is 16 MB.
 SIDE = 1024
+MAX_CHUNKS = 4096
 # Not -inf: a query may see no key of a block. Its weights there are wrong then, and exactly 0 once they are merged.
 HIDDEN = -1e30
 # What picks cost beyond their pairs, in pairs of plain causal attention (measured): a row in a list, one in the tiles
@@ -42,8 +45,7 @@ def split_documents(
 ) -> tuple[list[Block], list[Block]] | None:
     """(covered documents, the others, for masks), or None where lists are expected to be faster, or tokens are missing.
 
-    Decided by sizes known beforehand, never by the picks. Lists of fewer pairs than
-    min_pairs_of_list go by tiles.
+    Decided by sizes known beforehand, never by the picks. Lists of fewer pairs than min_pairs_of_list go by tiles.
     """
     routing = call.routing
     if routing is None or call.q_positions is not None or call.k_positions is not None:
@@ -72,10 +74,22 @@ def _pays(documents: list[Block], spec: MoBA, num_heads: int, num_kv_heads: int,
         of_lists = planned + rows * PAIRS_OF_LISTED_ROW + num_lists * PAIRS_OF_CALL
     else:
         of_lists = planned + rows * PAIRS_OF_TILED_ROW
-    if causal >= of_lists:  # long documents have too many blocks to look at
+    # Long documents have too many blocks to look at.
+    if causal >= of_lists or lengths.max() > MAX_CHUNKS * spec.chunk_size:
         return False
     blocks = [block for document in documents for block in cut(document, SIDE, SIDE)]
     return sum(block.pairs(num_heads)[1] + num_heads * PAIRS_OF_CALL for block in blocks) < of_lists
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """Some queries of a document (of `count` equal ones) under one head, and all keys up to them."""
+
+    document: Block
+    pieces: Sequence[Block]
+    """The keys, block by block: all have the same queries."""
+    q_head: int
+    kv_head: int
 
 
 @dataclass(frozen=True)
@@ -83,77 +97,80 @@ class Masked:
     """Documents of a whole row, and its picks."""
 
     documents: Sequence[Block]
-    picks_TRP: Tensor
+    routing: Routing
+    chunk_T1: Tensor
+    """The chunk that each token lies in."""
     num_heads: int
     num_kv_heads: int
-    chunk_size: int
-    chunk_T: Tensor
-    """[T,1] the chunk that each token lies in."""
-    start_C: Tensor
 
     @classmethod
     def of(cls, documents: Sequence[Block], routing: Routing, num_heads: int, num_kv_heads: int) -> Masked:
-        size = routing.spec.chunk_size
-        geometry = routing.pack.chunks(size).tensors("cpu")
-        chunk_T = geometry.chunk_of_token_T[:, None]
-        return cls(documents, routing.picks, num_heads, num_kv_heads, size, chunk_T, geometry.start_C)
+        return cls(documents, routing, routing.own_chunks[:, None], num_heads, num_kv_heads)
 
-    def parts(self, dim: int) -> Iterator[BlockViews]:
-        """The documents in blocks of SIDE by SIDE and rows of `dim` within as many elements, one query head each."""
+    def stripes(self, dim: int) -> Iterator[Stripe]:
+        """Blocks of SIDE by SIDE; equal ones together while neither mask nor rows of `dim` take more elements."""
         group = self.num_heads // self.num_kv_heads
-        for block in (small for document in self.documents for small in cut(document, SIDE, SIDE)):
-            count = max(1, SIDE * SIDE // (block.num_queries * max(block.num_keys, dim)))
-            for begin in range(0, block.count, count):
-                part = block.part(begin, min(block.count, begin + count))
-                for head in range(self.num_heads):
-                    yield BlockViews(part, slice(head, head + 1), slice(head // group, head // group + 1))
+        for document in self.documents:
+            for _, blocks in groupby(cut(document, SIDE, SIDE), key=lambda block: block.first_query):
+                pieces = list(blocks)
+                widest = max(dim, *(piece.num_keys for piece in pieces))
+                for equal in ranges(document.count, SIDE * SIDE // (pieces[0].num_queries * widest)):
+                    some, *parts = (x.part(equal.start, equal.stop) for x in (document, *pieces))
+                    for head in range(self.num_heads):
+                        yield Stripe(some, parts, head, head // group)
 
-    def open_chunks(self, views: BlockViews, dtype: torch.dtype) -> Tensor:
-        """[B,M,W]: 0 for the query's own chunk and those that it picked, of those that the keys lie in, else HIDDEN."""
-        block, head = views.block, views.q_heads.start * self.picks_TRP.shape[1] // self.num_heads
-        of_queries = block.first_query, block.num_queries, block
-        own_BM1 = view(self.chunk_T, *of_queries, slice(1))
-        picks_BMP = view(self.picks_TRP, *of_queries, slice(head, head + 1)).squeeze(2)
-        first_B11 = view(self.chunk_T, block.first_key, 1, block, slice(1))
-        width = int(self.chunk_T[block.first_key + block.num_keys - 1] - self.chunk_T[block.first_key]) + 1
-        place = torch.cat((picks_BMP, own_BM1), 2).sub_(first_B11 - 1).clamp_(0, width + 1)  # the ends take the others
-        chunks = torch.full((*place.shape[:2], width + 2), HIDDEN, dtype=dtype)
-        return chunks.scatter_(2, place, 0.0)[:, :, 1:-1]
+    def open_chunks(self, stripe: Stripe, dtype: torch.dtype) -> Tensor:
+        """[B,M,W]: 0 for the query's own chunk and those that it picked, of the document's first W, else HIDDEN."""
+        queries = stripe.pieces[0]
+        head = stripe.q_head * self.routing.num_routed_heads // self.num_heads
+        own_BM1 = view(self.chunk_T1, queries.first_query, queries.num_queries, queries, slice(1))
+        stored_BMP = view(self.routing.stored, queries.first_query, queries.num_queries, queries, slice(head, head + 1))
+        first_B11 = view(self.chunk_T1, stripe.document.first_key, 1, stripe.document, slice(1))
+        width = int(own_BM1[0, -1] - first_B11[0]) + 1
+        column = torch.cat((stored_BMP.squeeze(2).long(), own_BM1), 2).sub_(first_B11 - 1)
+        # A column more at either end takes the slots without a pick, -1 or 65535.
+        opened = torch.full((*column.shape[:2], width + 2), HIDDEN, dtype=dtype)
+        return opened.scatter_(2, column.clamp_(0, width + 1), 0.0)[:, :, 1:-1]
 
-    def mask(self, views: BlockViews, open_BMW: Tensor) -> Tensor:
-        """[B,1,M,L] to be added to scores."""
-        first, num_keys = views.block.first_key, views.block.num_keys
-        skipped = first - int(self.start_C[self.chunk_T[first]])  # the first chunk may begin before the keys
-        keys = open_BMW.unsqueeze(-1).expand(-1, -1, -1, self.chunk_size).flatten(2)
-        return keys[:, None, :, skipped : skipped + num_keys]
+    def mask(self, stripe: Stripe, piece: Block, open_BMW: Tensor) -> Tensor:
+        """[B,1,M,L] to be added to the scores of a piece."""
+        size = self.routing.spec.chunk_size
+        first = piece.first_key - stripe.document.first_key
+        chunk, skipped = divmod(first, size)
+        chunks = open_BMW[:, :, chunk : -(-(first + piece.num_keys) // size), None]
+        return chunks.expand(-1, -1, -1, size).flatten(2)[:, None, :, skipped : skipped + piece.num_keys]
 
-    def pairs(self, views: BlockViews, open_BMW: Tensor) -> tuple[Tensor, int]:
+    def pairs(self, stripe: Stripe, open_BMW: Tensor) -> tuple[Tensor, int]:
         """(attended pairs, score elements)."""
-        block, num_chunks = views.block, open_BMW.shape[2]
-        first_chunk = int(self.chunk_T[block.first_key])
-        start_W = self.start_C[first_chunk : first_chunk + num_chunks] - block.first_key
-        end_1W = (start_W + self.chunk_size).clamp_max(block.num_keys)[None]
-        if block.causal:
-            end_1W = torch.minimum(end_1W, torch.arange(1, block.num_queries + 1)[:, None])
-        keys_MW = (end_1W - start_W.clamp_min(0)).clamp_min(0)
-        return ((open_BMW == 0) * keys_MW).sum(), block.pairs(1)[1]
+        queries, size = stripe.pieces[0], self.routing.spec.chunk_size
+        place_M = torch.arange(queries.num_queries) + (queries.first_query - stripe.document.first_query)
+        seen_MW = (place_M[:, None] + 1 - torch.arange(0, open_BMW.shape[2] * size, size)).clamp_(0, size)
+        return ((open_BMW == 0) * seen_MW).sum(), sum(piece.pairs(1)[1] for piece in stripe.pieces)
+
+
+def _views(stripe: Stripe, piece: Block) -> BlockViews:
+    return BlockViews(piece, slice(stripe.q_head, stripe.q_head + 1), slice(stripe.kv_head, stripe.kv_head + 1))
 
 
 def forward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, masked: Masked, scale: float, sums: Sums, tally: PairTally | None
 ) -> None:
     """Write the documents' output."""
-    for views in masked.parts(q_THD.shape[2]):
-        opened = masked.open_chunks(views, sums.out.dtype)
-        forward_views(q_THD, k_TKD, v_TKD, views, scale, sums, masked.mask(views, opened))
+    for stripe in masked.stripes(q_THD.shape[2]):
+        opened = masked.open_chunks(stripe, sums.out.dtype)
+        for piece in stripe.pieces:
+            mask = masked.mask(stripe, piece, opened)
+            forward_views(q_THD, k_TKD, v_TKD, _views(stripe, piece), scale, sums, mask)
         if tally is not None:
-            tally.add(*masked.pairs(views, opened))
+            tally.add(*masked.pairs(stripe, opened))
 
 
 def backward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, masked: Masked, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
     """Add the documents' gradients."""
-    for views in masked.parts(q_THD.shape[2]):
-        mask = masked.mask(views, masked.open_chunks(views, grads.dq.dtype))
-        backward_views(q_THD, k_TKD, v_TKD, views, scale, grads, stand_in, mask)
+    for stripe in masked.stripes(q_THD.shape[2]):
+        opened = masked.open_chunks(stripe, grads.dq.dtype)
+        for piece in stripe.pieces:
+            mask = masked.mask(stripe, piece, opened)
+            backward_views(q_THD, k_TKD, v_TKD, _views(stripe, piece), scale, grads, stand_in, mask)

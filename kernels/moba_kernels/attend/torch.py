@@ -36,7 +36,7 @@ from .tiles import backward_steps, forward_steps
 # Memory that a call takes beyond inputs, results (in fp32 where they are narrower) and the stored routing: gathered
 # rows and tiles, sorted picks, scores. Independent of the density; the tests hold every density to it. What comes with
 # every (query, head) is BYTES_OF_ROW: positions, lse, delta and its stand-in in the backward. Picks that go by tiles
-# (short lists, or head dims that differ) or by masks take BYTES_OF_PICK each on top.
+# (short lists, or head dims that differ) take BYTES_OF_PICK each on top.
 SCRATCH_BYTES = 160 << 20
 BYTES_OF_ROW = 32
 BYTES_OF_PICK = 8

@@ -102,10 +102,10 @@ def _pick(
     outside_NQW = (window_N1W < first_NQ1) | (window_N1W >= own_NQ1)
     keys = sortable_(scores, width).masked_fill_(outside_NQW[:, :, None], NO_CANDIDATE)
     best = _largest(keys, min(kept, width))
-    index = best.bitwise_and(0xFFFFFFFF)
-    picks = torch.where(best == NO_CANDIDATE, -1, index.add_(low_N.view(-1, 1, 1, 1)))
+    chunk = best.to(torch.int32).add_(low_N.to(torch.int32).view(-1, 1, 1, 1))  # the low half of a key is the index
+    picks = chunk.masked_fill_(best == NO_CANDIDATE, -1)
     picks = torch.nn.functional.pad(picks, (0, kept - picks.shape[-1]), value=-1)
-    return picks.permute(1, 2, 0, 3, 4).reshape(num_blocks * block_q, -1, kept).to(torch.int32)
+    return picks.permute(1, 2, 0, 3, 4).reshape(num_blocks * block_q, -1, kept)
 
 
 def _largest(keys: Tensor, count: int) -> Tensor:
