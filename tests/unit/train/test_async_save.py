@@ -123,7 +123,9 @@ def test_the_next_save_waits_for_the_one_before_and_both_are_told_of(
     waited = [float(line.removesuffix(" s)").rpartition(" ")[2]) for line in (first, second)]
     assert waited[0] < 0.2 and waited[1] >= 0.3
     assert store.news() == [] and 0.3 <= store.save_time_s < 5.0
-    assert store.figures() == {"perf/save_s": store.save_time_s, "perf/save_wait_s": pytest.approx(waited[1], abs=0.06)}
+    figures = store.figures()  # of the second; either may be the longest
+    assert figures["perf/save_wait_s"] == pytest.approx(waited[1], abs=0.06)
+    assert 0.25 <= figures["perf/save_s"] <= store.save_time_s
     assert store.figures() == {}
 
 
