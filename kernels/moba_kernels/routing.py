@@ -23,15 +23,6 @@ def stored_picks(spec: MoBA, pack: Pack) -> int:
     return max(0, min(spec.num_picks, pack.chunks(spec.chunk_size).max_chunks_of_doc - 1))
 
 
-def decoded(stored: Tensor) -> Tensor:
-    """int32, -1 = none, of picks as they are stored."""
-    if stored.dtype != torch.uint16:
-        return stored
-    # As int16 -1 = none stays; ids above 32767 come back as negative numbers below -1.
-    signed = stored.view(torch.int16).to(torch.int32)
-    return signed.add_((signed < -1).to(torch.int32).mul_(65536))
-
-
 class Routing:
     """The picks of the queries at hand.
 
@@ -121,7 +112,7 @@ class Routing:
 
     def picks_of(self, part: slice) -> Tensor:
         """`picks` of some consecutive queries."""
-        return decoded(self._stored[part])
+        return _decoded(self._stored[part])
 
     @property
     def num_queries(self) -> int:
@@ -134,7 +125,7 @@ class Routing:
     @property
     def picks(self) -> Tensor:
         """[T,R,P] int32, -1 = none."""
-        return decoded(self._stored)
+        return _decoded(self._stored)
 
     def picks_of_heads(self, num_heads: int) -> Tensor:
         """[T,H,P] int32: under select="group" every query head of a KV head repeats the group's picks."""
@@ -223,6 +214,15 @@ class Routing:
 
 
 FIX_OF_PICKS = "pick chunks of the query's own document that end before its own chunk begins, each once"
+
+
+def _decoded(stored: Tensor) -> Tensor:
+    """int32, -1 = none, of picks as they are stored."""
+    if stored.dtype != torch.uint16:
+        return stored
+    # As int16 -1 = none stays; ids above 32767 come back as negative numbers below -1.
+    signed = stored.view(torch.int16).to(torch.int32)
+    return signed.add_((signed < -1).to(torch.int32).mul_(65536))
 
 
 def _narrowed(picks_TRP: Tensor, dtype: torch.dtype, no_chunk: int) -> Tensor:
