@@ -137,6 +137,19 @@ def test_a_forced_routing_is_validated_on_request(ids, message):
         Routing.from_chunk_ids(torch.tensor(ids), MoBA(8, 2), Pack([0, 32]), torch.tensor([12]), validate=True)
 
 
+@pytest.mark.parametrize(
+    ("num_chunks", "picks"),
+    [(4, (1 + 2**16, 1 - 2**16, 1 + 2**32)), (70000, (1 + 2**32, 1 - 2**32))],
+    ids=["uint16", "int32"],
+)
+def test_a_pick_that_is_no_chunk_does_not_wrap_to_one(num_chunks, picks):
+    pack, last = Pack([0, num_chunks]), torch.tensor([num_chunks - 1])
+    Routing(torch.tensor([[[1]]]), MoBA(1, 2), pack, last).validate()
+    for pick in picks:
+        with pytest.raises(ValueError, match="not a candidate"):
+            Routing(torch.tensor([[[pick]]]), MoBA(1, 2), pack, last).validate()
+
+
 def test_a_forced_routing_with_a_repeated_or_foreign_pick_is_refused():
     pack, at = Pack([0, 16, 64]), torch.tensor([50])
     with pytest.raises(ValueError, match="twice"):
