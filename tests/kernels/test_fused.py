@@ -56,6 +56,14 @@ def test_every_gqa_group_size(heads, kv_heads, spec):
     check_against_oracle([0, 11, 50], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
 
 
+@pytest.mark.usefixtures("at_any_size", "small_halves")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (6, 2)])
+def test_heads_go_together_by_the_number_of_threads(heads, kv_heads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for spec in (MoBA(8, 3), MoBA(8, 3, "group")):
+        check_against_oracle([0, 11, 50, 89], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
+
+
 @pytest.mark.usefixtures("at_any_size")
 @pytest.mark.parametrize("scale", [-0.5, -1e-3, 0.0, 1e-60])
 def test_a_softmax_scale_that_is_not_positive_is_a_scale_like_any_other(scale):

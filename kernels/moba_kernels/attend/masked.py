@@ -1,11 +1,11 @@
 """Documents as causal blocks under a mask of the picks: more pairs than lists, but no gathering and merging.
 
 With small chunks and many picks a list costs more to gather and to merge than its pairs to compute. Then every query
-takes all earlier keys of its document, block by block and head by head, as plain causal attention does, and a mask that
-is added to the scores keeps out of the softmax what was not picked.
+takes all earlier keys of its document, block by block and a few heads at a time, as plain causal attention does, and a
+mask that is added to the scores keeps out of the softmax what was not picked.
 
-Shape letters: T tokens, H query heads, K key/value heads, D head dim, P picks, B equal blocks, M queries and L keys of
-a block, W chunks.
+Shape letters: T tokens, H query heads, K key/value heads, D head dim, R heads that have masks of their own, P picks, B
+equal blocks, M queries and L keys of a block, W chunks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from ..ranges import ranges
 from ..report import PairTally
 from ..routing import Routing
 from ..spec import Full, MoBA
+from . import cpu_flash
 from .blocks import Block, causal_blocks, cut
 from .call import AttendCall
 from .fused import BlockViews, StandIn, backward_views, forward_views, view
 from .sums import Gradients, Sums
 
-# Queries and keys of a block; its mask is 4 MB in fp32, and what its queries open of MAX_CHUNKS is 16 MB.
+# Queries and keys of a block; its mask is 4 MB in fp32, and what its queries open of MAX_CHUNKS is 16 MB. The kernel
+# gives a thread whole heads in its backward, so a mask for every thread, MAX_MASKS at most, goes into one call.
 SIDE = 1024
 MAX_CHUNKS = 4096
+MAX_MASKS = 8
 # Not -inf: a query may see no key of a block. Its weights there are wrong then, and exactly 0 once they are merged.
 HIDDEN = -1e30
 # What picks cost beyond their pairs, in pairs of plain causal attention (measured): a row in a list, one in the tiles
@@ -83,13 +86,15 @@ def _pays(documents: list[Block], spec: MoBA, num_heads: int, num_kv_heads: int,
 
 @dataclass(frozen=True)
 class Stripe:
-    """Some queries of a document (of `count` equal ones) under one head, and all keys up to them."""
+    """Some queries of a document (of `count` equal ones) under some heads, and all keys up to them."""
 
     document: Block
     pieces: Sequence[Block]
     """The keys, block by block: all have the same queries."""
-    q_head: int
-    kv_head: int
+    routed_heads: slice
+    """A mask for each: the query heads', or one that they all share."""
+    q_heads: slice
+    kv_heads: slice
 
 
 @dataclass(frozen=True)
@@ -109,58 +114,75 @@ class Masked:
 
     def stripes(self, dim: int) -> Iterator[Stripe]:
         """Blocks of SIDE by SIDE; equal ones together while neither mask nor rows of `dim` take more elements."""
-        group = self.num_heads // self.num_kv_heads
+        threads = torch.get_num_threads()
         for document in self.documents:
+            chunks = -(-document.num_queries // self.routing.spec.chunk_size)
+            max_masks = min(threads, MAX_MASKS, MAX_CHUNKS // chunks)
             for _, blocks in groupby(cut(document, SIDE, SIDE), key=lambda block: block.first_query):
                 pieces = list(blocks)
                 widest = max(dim, *(piece.num_keys for piece in pieces))
                 for equal in ranges(document.count, SIDE * SIDE // (pieces[0].num_queries * widest)):
                     some, *parts = (x.part(equal.start, equal.stop) for x in (document, *pieces))
-                    for head in range(self.num_heads):
-                        yield Stripe(some, parts, head, head // group)
+                    for heads in self._heads(max_masks):
+                        yield Stripe(some, parts, *heads)
+
+    def _heads(self, max_masks: int) -> Iterator[tuple[slice, slice, slice]]:
+        """(routed, query, KV) heads that go together, with max_masks masks, one at least."""
+        group, routed_of_kv = self.num_heads // self.num_kv_heads, self.routing.num_routed_heads // self.num_kv_heads
+        if group == 1:
+            for heads in ranges(self.num_heads, max_masks):
+                yield heads, heads, heads
+            return
+        together = cpu_flash.groups_natively()
+        for kv_head in range(self.num_kv_heads):
+            kv = slice(kv_head, kv_head + 1)
+            for some in ranges(group, (group if routed_of_kv == 1 else max_masks) if together else 1):
+                heads = slice(kv_head * group + some.start, kv_head * group + some.stop)
+                yield kv if routed_of_kv == 1 else heads, heads, kv
 
     def open_chunks(self, stripe: Stripe, dtype: torch.dtype) -> Tensor:
-        """[B,M,W]: 0 for the query's own chunk and those that it picked, of the document's first W, else HIDDEN."""
+        """[B,R,M,W]: 0 for the query's own chunk and those that it picked, of the document's first W, else HIDDEN."""
         queries = stripe.pieces[0]
-        head = stripe.q_head * self.routing.num_routed_heads // self.num_heads
-        own_BM1 = view(self.chunk_T1, queries.first_query, queries.num_queries, queries, slice(1))
-        stored_BMP = view(self.routing.stored, queries.first_query, queries.num_queries, queries, slice(head, head + 1))
-        first_B11 = view(self.chunk_T1, stripe.document.first_key, 1, stripe.document, slice(1))
-        width = int(own_BM1[0, -1] - first_B11[0]) + 1
-        column = torch.cat((stored_BMP.squeeze(2).long(), own_BM1), 2).sub_(first_B11 - 1)
+        own_BMR1 = view(self.chunk_T1, queries.first_query, queries.num_queries, queries, slice(1))[..., None]
+        stored_BMRP = view(self.routing.stored, queries.first_query, queries.num_queries, queries, stripe.routed_heads)
+        first_B1 = view(self.chunk_T1, stripe.document.first_key, 1, stripe.document, slice(1))[..., None]
+        width = int(own_BMR1[0, -1] - first_B1[0]) + 1
+        own_BMR1 = own_BMR1.expand(*stored_BMRP.shape[:3], 1)
+        column = torch.cat((stored_BMRP.long(), own_BMR1), 3).sub_(first_B1 - 1)
         # A column more at either end takes the slots without a pick, -1 or 65535.
-        opened = torch.full((*column.shape[:2], width + 2), HIDDEN, dtype=dtype)
-        return opened.scatter_(2, column.clamp_(0, width + 1), 0.0)[:, :, 1:-1]
+        opened = torch.full((*column.shape[:3], width + 2), HIDDEN, dtype=dtype)
+        return opened.scatter_(3, column.clamp_(0, width + 1), 0.0)[..., 1:-1].transpose(1, 2)
 
-    def mask(self, stripe: Stripe, piece: Block, open_BMW: Tensor) -> Tensor:
-        """[B,1,M,L] to be added to the scores of a piece."""
+    def mask(self, stripe: Stripe, piece: Block, open_BRMW: Tensor, memory: Tensor) -> Tensor:
+        """[B,R,M,L] to be added to the scores of a piece, in `memory`."""
         size = self.routing.spec.chunk_size
         first = piece.first_key - stripe.document.first_key
         chunk, skipped = divmod(first, size)
-        chunks = open_BMW[:, :, chunk : -(-(first + piece.num_keys) // size), None]
-        return chunks.expand(-1, -1, -1, size).flatten(2)[:, None, :, skipped : skipped + piece.num_keys]
+        chunks = open_BRMW[..., chunk : -(-(first + piece.num_keys) // size), None]
+        mask = memory.resize_(*chunks.shape[:-1], size).copy_(chunks).flatten(3)
+        return mask[..., skipped : skipped + piece.num_keys]
 
-    def pairs(self, stripe: Stripe, open_BMW: Tensor) -> tuple[Tensor, int]:
+    def pairs(self, stripe: Stripe, open_BRMW: Tensor) -> tuple[Tensor, int]:
         """(attended pairs, score elements)."""
         queries, size = stripe.pieces[0], self.routing.spec.chunk_size
+        num_heads = stripe.q_heads.stop - stripe.q_heads.start
         place_M = torch.arange(queries.num_queries) + (queries.first_query - stripe.document.first_query)
-        seen_MW = (place_M[:, None] + 1 - torch.arange(0, open_BMW.shape[2] * size, size)).clamp_(0, size)
-        return ((open_BMW == 0) * seen_MW).sum(), sum(piece.pairs(1)[1] for piece in stripe.pieces)
-
-
-def _views(stripe: Stripe, piece: Block) -> BlockViews:
-    return BlockViews(piece, slice(stripe.q_head, stripe.q_head + 1), slice(stripe.kv_head, stripe.kv_head + 1))
+        seen_MW = (place_M[:, None] + 1 - torch.arange(0, open_BRMW.shape[3] * size, size)).clamp_(0, size)
+        attended = (open_BRMW == 0).int().mul_(seen_MW).sum() * (num_heads // open_BRMW.shape[1])
+        return attended, sum(piece.pairs(num_heads)[1] for piece in stripe.pieces)
 
 
 def forward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, masked: Masked, scale: float, sums: Sums, tally: PairTally | None
 ) -> None:
     """Write the documents' output."""
+    memory = sums.out.new_empty(0)
     for stripe in masked.stripes(q_THD.shape[2]):
         opened = masked.open_chunks(stripe, sums.out.dtype)
         for piece in stripe.pieces:
-            mask = masked.mask(stripe, piece, opened)
-            forward_views(q_THD, k_TKD, v_TKD, _views(stripe, piece), scale, sums, mask)
+            mask = masked.mask(stripe, piece, opened, memory)
+            views = BlockViews(piece, stripe.q_heads, stripe.kv_heads)
+            forward_views(q_THD, k_TKD, v_TKD, views, scale, sums, mask)
         if tally is not None:
             tally.add(*masked.pairs(stripe, opened))
 
@@ -169,8 +191,10 @@ def backward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, masked: Masked, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
     """Add the documents' gradients."""
+    memory = grads.dq.new_empty(0)
     for stripe in masked.stripes(q_THD.shape[2]):
         opened = masked.open_chunks(stripe, grads.dq.dtype)
         for piece in stripe.pieces:
-            mask = masked.mask(stripe, piece, opened)
-            backward_views(q_THD, k_TKD, v_TKD, _views(stripe, piece), scale, grads, stand_in, mask)
+            mask = masked.mask(stripe, piece, opened, memory)
+            views = BlockViews(piece, stripe.q_heads, stripe.kv_heads)
+            backward_views(q_THD, k_TKD, v_TKD, views, scale, grads, stand_in, mask)
