@@ -256,15 +256,18 @@ def test_lists_hold_every_pick_once_with_rows_ascending(select):
     takes[:30] = False
     edges = np.append(pack.chunks(8).start_C, 100)
     got, before = [], []
-    for of in chunk_lists(routing, takes, edges, 4, 2, max_keys=5):
+    parts = list(chunk_lists(routing, takes, edges, 4, 2, max_keys=5))
+    for part, of in [(x, of) for x in parts for of in x.lists]:
         chunk = int(np.searchsorted(edges, of.first_key, side="right")) - 1
-        rows = of.rows_E.tolist()
+        tiles = part.rows_M[of.rows].tolist()
+        rows = tiles[: of.num_rows]
+        assert tiles[of.num_rows :] == rows[:1] * (-of.num_rows % part.tile_rows)
         if of.first_key > edges[chunk]:  # the rest of a chunk, for the same rows
             assert rows == before and of.first_key == edges[chunk] + 5 and of.num_keys == 3
             continue
         assert of.num_keys == 5
         before = rows
-        assert rows == sorted(set(rows)) and all(row % 4 // 2 == of.kv_head for row in rows)
+        assert rows == sorted(set(rows)) and all(row % 4 // 2 == part.kv_head for row in rows)
         got += [(row, chunk) for row in rows]
     picks = routing.picks_of_heads(4)
     want = [(t * 4 + h, c) for t in range(30, 100) for h in range(4) for c in picks[t, h].tolist() if c >= 0]
@@ -272,7 +275,7 @@ def test_lists_hold_every_pick_once_with_rows_ascending(select):
 
 
 def test_tiles_are_a_quarter_of_the_average_list_within_limits():
-    assert tile_rows_of(average_list(32768, 4, 3, 64)) == 768  # 6144 rows
+    assert tile_rows_of(average_list(32768, 4, 3, 64)) == 256  # 6144 rows
     assert tile_rows_of(100) == 32
     assert tile_rows_of(0) == 16
 

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from .call import with_positive_scale
 
+# Overloads, not the names that they go by: choosing one for every call takes longer than some of the calls' work.
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, scale, _ = with_positive_scale(q, scale)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -39,9 +41,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     q, scale, sign = with_positive_scale(q, scale)
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return dq if sign == 1 else dq * sign, dk, dv
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from ..ranges import ranges
 from . import cpu_flash
 from .blocks import Block
-from .lists import ChunkList
-from .rows import take_rows
-from .sums import Gradients, Sums
+from .lists import ChunkList, ListPart
+from .rows import Rows
+from .sums import Gradients, Sums, joined
 
 # Elements of one gathered or computed tensor: 4 MB in fp32 for a list, which stays near the cores; 16 MB for blocks,
 # whose inputs are read in place.
@@ -92,12 +92,27 @@ class BlockViews:
     block: Block
     q_heads: slice
     kv_heads: slice
+    spread: bool = False
+    """The one KV head stands beside every query head: the kernel's backward gives whole KV heads to threads."""
 
     def of_queries(self, x: Tensor) -> Tensor:
         return view(x, self.block.first_query, self.block.num_queries, self.block, self.q_heads)
 
     def of_keys(self, x: Tensor) -> Tensor:
         return view(x, self.block.first_key, self.block.num_keys, self.block, self.kv_heads)
+
+    def queries(self, x_THD: Tensor, acc: torch.dtype) -> Tensor:
+        """[B,H,M,D] as the kernel takes it."""
+        return _ready(self.of_queries(x_THD), acc).transpose(1, 2)
+
+    def keys(self, x_SKD: Tensor, acc: torch.dtype) -> Tensor:
+        """[B,K,L,D] as the kernel takes it, or [B,H,L,D]."""
+        keys = _ready(self.of_keys(x_SKD), acc).transpose(1, 2)
+        return keys.expand(-1, self.q_heads.stop - self.q_heads.start, -1, -1) if self.spread else keys
+
+    def add_to_keys(self, grad_SKD: Tensor, grad: Tensor) -> None:
+        """What the kernel returns for `keys`."""
+        self.of_keys(grad_SKD).add_((grad.sum(1, keepdim=True) if self.spread else grad).transpose(1, 2))
 
 
 def _together(num_heads: int, num_kv_heads: int) -> int:
@@ -142,19 +157,18 @@ def forward_views(
     sums: Sums,
     mask: Tensor | None = None,
 ) -> None:
-    """One call of the kernel; mask [B,1 or heads,M,L] is added to the scores."""
+    """One call of the kernel; mask [B,1 or H,M,L] is added to the scores."""
     acc, block = sums.out.dtype, views.block
     out_THD, lse_TH = sums.out[:-1].view(q_THD.shape), sums.lse[:-1].view(q_THD.shape[:2])
-    q = _ready(views.of_queries(q_THD), acc).transpose(1, 2)
-    k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+    q, k, v = views.queries(q_THD, acc), views.keys(k_SKD, acc), views.keys(v_SKD, acc)
     out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, block.causal, scale, mask))
     into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
     if block.fresh:
         into.copy_(out)
         into_lse.copy_(lse)
         return
-    merged = torch.logaddexp(into_lse, lse)
-    into.mul_(torch.exp(into_lse - merged).unsqueeze(-1)).addcmul_(out, torch.exp(lse - merged).unsqueeze(-1))
+    merged, share = joined(into_lse, lse)
+    into.lerp_(out, share.unsqueeze(-1))
     into_lse.copy_(merged)
 
 
@@ -178,62 +192,63 @@ def backward_views(
 ) -> None:
     """One call of the kernel, as in `forward_views`."""
     acc = grads.dq.dtype
-    q, dout = (_ready(views.of_queries(x), acc).transpose(1, 2) for x in (q_THD, grads.dout_THD))
-    k, v = (_ready(views.of_keys(x), acc).transpose(1, 2) for x in (k_SKD, v_SKD))
+    q, k, v = views.queries(q_THD, acc), views.keys(k_SKD, acc), views.keys(v_SKD, acc)
+    dout = views.queries(grads.dout_THD, acc)
     out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
     lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
     dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, views.block.causal, scale, mask)
     views.of_queries(grads.dq[:-1].view(q_THD.shape)).add_(dq.transpose(1, 2))
-    views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
-    views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
+    views.add_to_keys(grads.dk_SKD, dk)
+    views.add_to_keys(grads.dv_SKD, dv)
 
 
-def _pieces(of: ChunkList, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(of: ChunkList, dim: int, tile_rows: int) -> Iterator[tuple[slice, int]]:
     """A list in pieces whose rows stay within LIST_ELEMENTS, and dk, which every tile has one of, in BLOCK_ELEMENTS."""
     max_tiles = max(1, BLOCK_ELEMENTS // (of.num_keys * dim))
-    return of.pieces(min(LIST_ELEMENTS // dim, max_tiles * of.tile_rows))
+    return of.pieces(min(LIST_ELEMENTS // dim, max_tiles * tile_rows), tile_rows)
 
 
-def _tiles(x: Tensor, rows: Tensor, num_tiles: int, acc: torch.dtype) -> Tensor:
-    """[N,1,M,D]: the rows of a list, padded with its first row."""
-    return take_rows(x, rows).to(acc).view(num_tiles, 1, -1, x.shape[-1])
-
-
-def _chunk(x: Tensor, of: ChunkList, num_tiles: int, acc: torch.dtype) -> Tensor:
-    """[N,1,L,D]: the chunk's keys, the same memory for every tile."""
-    keys = _ready(x[of.first_key : of.first_key + of.num_keys, of.kv_head], acc)
-    return keys[None, None].expand(num_tiles, 1, -1, -1)
-
-
-def forward_list(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, sums: Sums) -> None:
-    """Merge what the rows of a list get from their chunk."""
+def forward_lists(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, part: ListPart, scale: float, sums: Sums) -> None:
+    """Merge what the rows of lists get from their chunks."""
     acc, dim = sums.out.dtype, q_THD.shape[2]
-    for real, padded in _pieces(of, dim):
-        num_tiles = len(padded) // of.tile_rows
-        q = _tiles(q_THD, padded, num_tiles, acc)
-        k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
-        out, lse = cpu_flash.forward(q, k, v, False, scale)
-        # With one head the kernel's [N,M,1,D] is [N,1,M,D] as it lies.
-        sums.merge_(real, out.reshape(-1, dim)[: len(real)], lse.reshape(-1)[: len(real)])
+    tile = (-1, 1, part.tile_rows, dim)
+    q_rows, k_SD, v_SD = Rows.of(q_THD), k_SKD[:, part.kv_head], v_SKD[:, part.kv_head]
+    for of in part.lists:
+        keys = slice(of.first_key, of.first_key + of.num_keys)
+        k_LD, v_LD = _ready(k_SD[keys], acc), _ready(v_SD[keys], acc)
+        for piece, num_rows in _pieces(of, dim, part.tile_rows):
+            rows = part.rows_M[piece]
+            q = q_rows.take(rows).to(acc).view(tile)
+            k, v = (x.expand(len(q), 1, -1, -1) for x in (k_LD, v_LD))  # the same memory for every tile
+            out, lse = cpu_flash.forward(q, k, v, False, scale)
+            # With one head the kernel's [N,M,1,D] is [N,1,M,D] as it lies.
+            sums.merge_(rows[:num_rows], out.reshape(-1, dim)[:num_rows], lse.reshape(-1)[:num_rows])
 
 
-def backward_list(
-    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, of: ChunkList, scale: float, grads: Gradients, stand_in: StandIn
+def backward_lists(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, part: ListPart, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
-    """Add what the rows of a list and their chunk give each other."""
+    """Add what the rows of lists and their chunks give each other."""
     acc, dim = grads.dq.dtype, q_THD.shape[2]
-    keys = slice(of.first_key, of.first_key + of.num_keys)
-    for real, padded in _pieces(of, dim):
-        num_tiles = len(padded) // of.tile_rows
-        q, dout = (_tiles(x, padded, num_tiles, acc) for x in (q_THD, grads.dout_THD))
-        dout.view(-1, dim)[len(real) :] = 0  # padding gives nothing
-        at, value, lse = (
-            x.flatten().index_select(0, padded).view(num_tiles, 1, -1)
-            for x in (stand_in.at_TH, stand_in.value_TH, grads.lse_TH)
-        )
-        out = StandIn.fill(dout, at, value)
-        k, v = (_chunk(x, of, num_tiles, acc) for x in (k_SKD, v_SKD))
-        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, False, scale)
-        grads.dq.index_add_(0, real, dq.reshape(-1, dim)[: len(real)])
-        grads.dk_SKD[keys, of.kv_head] += dk.sum((0, 1))
-        grads.dv_SKD[keys, of.kv_head] += dv.sum((0, 1))
+    tile = (-1, 1, part.tile_rows, dim)
+    q_rows, dout_rows = Rows.of(q_THD), Rows.of(grads.dout_THD)
+    k_SD, v_SD, dk_SD, dv_SD = (x[:, part.kv_head] for x in (k_SKD, v_SKD, grads.dk_SKD, grads.dv_SKD))
+    at_M, value_M, lse_M = (
+        x.flatten().index_select(0, part.rows_M) for x in (stand_in.at_TH, stand_in.value_TH, grads.lse_TH)
+    )
+    for of in part.lists:
+        keys = slice(of.first_key, of.first_key + of.num_keys)
+        k_LD, v_LD = _ready(k_SD[keys], acc), _ready(v_SD[keys], acc)
+        for piece, num_rows in _pieces(of, dim, part.tile_rows):
+            rows = part.rows_M[piece]
+            q, dout = (x.take(rows).to(acc).view(tile) for x in (q_rows, dout_rows))
+            dout.view(-1, dim)[num_rows:] = 0  # padding gives nothing
+            at, value, lse = (x[piece].view(tile[:3]) for x in (at_M, value_M, lse_M))
+            out = StandIn.fill(dout, at, value)
+            k, v = (x.expand(len(q), 1, -1, -1) for x in (k_LD, v_LD))
+            dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, False, scale)
+            # Each row stands once: the same as index_add_, which one thread does row by row.
+            row_dq = grads.dq.index_select(0, rows[:num_rows]).add_(dq.reshape(-1, dim)[:num_rows])
+            grads.dq.index_copy_(0, rows[:num_rows], row_dq)
+            dk_SD[keys] += dk.sum((0, 1))
+            dv_SD[keys] += dv.sum((0, 1))

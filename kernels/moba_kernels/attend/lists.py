@@ -2,12 +2,13 @@
 
 A row is one (query, head): row id = query * H + head. Lists come chunk by chunk; within one, rows ascend.
 
-Shape letters: T queries at hand, H query heads, K key/value heads, P pick slots, C chunks, E entries.
+Shape letters: T queries at hand, H query heads, K key/value heads, G = H/K, P pick slots, C chunks, E rows of lists,
+M the same in whole tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,9 @@ from ..routing import Routing
 
 # Entries sorted at a time: 8 MB of keys, 16 MB of order, and as much again inside the sort.
 RANGE_ENTRIES = 1 << 21
-# The built-in kernel takes 256 rows at a time in tiles of LONG_TILE rows and more, a quarter of that below; on lists
-# that average LONG_LIST rows this outweighs the padding.
-LONG_TILE, LONG_LIST = 768, 1024
-MAX_TILE_ROWS = 512
+# Tiles of 128 rows cost the built-in kernel more a row, and tiles of 768 no less, while they leave threads idle
+# (measured).
+MAX_TILE_ROWS = 256
 MIN_TILE_ROWS = 16
 
 
@@ -31,24 +31,36 @@ MIN_TILE_ROWS = 16
 class ChunkList:
     """The rows of some queries that picked one chunk under one KV head, and keys of the chunk."""
 
-    rows_E: Tensor
-    """int64, ascending, each once."""
-    kv_head: int
+    rows: slice
+    """Of `ListPart.rows_M`, whole tiles."""
+    num_rows: int
+    """So many of them are the list, ascending, each once; the first one again fills the last tile."""
     first_key: int
     num_keys: int
+
+    def pieces(self, max_rows: int, tile_rows: int) -> Iterator[tuple[slice, int]]:
+        """(rows in whole tiles, how many of them are the list's), at most max_rows (one tile at least) at a time."""
+        for part in ranges(self.rows.stop - self.rows.start, max_rows // tile_rows * tile_rows or tile_rows):
+            num_rows = min(part.stop, self.num_rows) - part.start
+            yield slice(self.rows.start + part.start, self.rows.start + part.stop), num_rows
+
+
+@dataclass(frozen=True)
+class ListPart:
+    """The lists of some queries under one KV head."""
+
+    kv_head: int
+    rows_M: Tensor
+    """int64, list after list."""
     tile_rows: int
+    lists: Sequence[ChunkList]
 
     def pairs(self) -> tuple[int, int]:
         """(attended pairs, elements of score tiles with their padding)."""
-        rows = len(self.rows_E)
-        return rows * self.num_keys, (rows + -rows % self.tile_rows) * self.num_keys
-
-    def pieces(self, max_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, the same padded to whole tiles with its first row), at most max_rows (one tile at least) at a time."""
-        for part in ranges(len(self.rows_E), max_rows // self.tile_rows * self.tile_rows or self.tile_rows):
-            real = self.rows_E[part]
-            padding = -len(real) % self.tile_rows
-            yield real, torch.cat((real, real[:1].expand(padding))) if padding else real
+        return (
+            sum(of.num_rows * of.num_keys for of in self.lists),
+            sum((of.rows.stop - of.rows.start) * of.num_keys for of in self.lists),
+        )
 
 
 def queries_at_once(group: int, slots: int) -> int:
@@ -62,18 +74,16 @@ def average_list(num_queries: int, group: int, slots: int, num_chunks: int) -> i
 
 
 def tile_rows_of(average: int) -> int:
-    """Rows of a tile: LONG_TILE for long lists, else a power of two near a quarter of the average list.
+    """Rows of a tile: a power of two near a quarter of the average list, within limits.
 
     Fixed by sizes known beforehand, never by the picks: a row's tile must not depend on what later rows picked.
     """
-    if average >= LONG_LIST:
-        return LONG_TILE
     return min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, 1 << (max(1, average // 4) - 1).bit_length()))
 
 
 def chunk_lists(
     routing: Routing, takes_picks_T: Tensor, key_edges_C: IntArray, num_heads: int, num_kv_heads: int, max_keys: int
-) -> Iterator[ChunkList]:
+) -> Iterator[ListPart]:
     """Every (row, picked chunk) once, in lists. Chunk c holds keys key_edges_C[c] .. key_edges_C[c+1]-1 at hand.
 
     takes_picks_T: bool [T]; other queries have their picks in their causal segment. A list has max_keys keys at most:
@@ -84,23 +94,39 @@ def chunk_lists(
     if not routing.stored.numel() or not keys_of.any():
         return
     num_chunks, group = len(keys_of), num_heads // num_kv_heads
-    routed_of_kv = routed // num_kv_heads  # group, or 1 where the group picks together
+    members = group * num_kv_heads // routed  # query heads that share a pick
     has_keys_C = torch.from_numpy(keys_of > 0)
     tile_rows = tile_rows_of(average_list(num_queries, group, slots, int((keys_of > 0).sum())))
-    member = torch.arange(group // routed_of_kv)
     for kv_head in range(num_kv_heads):
         of_head = routing.of_kv_heads(kv_head, kv_head + 1, num_kv_heads)
+        head_G = np.arange(kv_head * group, (kv_head + 1) * group)
         for part in ranges(num_queries, queries_at_once(group, slots)):
             pick = of_head.picks_of(part)
             listed = (pick >= 0) & takes_picks_T[part, None, None] & has_keys_C[pick.clamp_min(0).long()]
-            chunk_QRP = torch.where(listed, pick, num_chunks)
-            order = torch.sort(chunk_QRP.flatten(), stable=True).indices
-            counts = np.bincount(chunk_QRP.flatten().numpy(), minlength=num_chunks + 1)[:num_chunks]
-            ends = np.cumsum(counts)
-            for chunk in np.flatnonzero(counts).tolist():
-                entry = order[ends[chunk] - counts[chunk] : ends[chunk]] // slots
-                first_row = (entry // routed_of_kv + part.start) * num_heads + kv_head * group + entry % routed_of_kv
-                rows = (first_row[:, None] + member).flatten()
-                for keys in ranges(int(keys_of[chunk]), max_keys):
-                    first_key = int(key_edges_C[chunk]) + keys.start
-                    yield ChunkList(rows, kv_head, first_key, keys.stop - keys.start, tile_rows)
+            chunk_I = torch.where(listed, pick, num_chunks).flatten().numpy()
+            counts = np.bincount(chunk_I, minlength=num_chunks + 1)[:num_chunks]
+            if not counts.any():
+                continue
+            # Radix sort up to 16 bits.
+            order = np.argsort(chunk_I.astype(np.uint16) if num_chunks < 2**16 else chunk_I, kind="stable")
+            entry_E = order[: counts.sum()] // slots
+            row_XG = (np.arange(part.start, part.stop)[:, None] * num_heads + head_G).reshape(-1, members)
+            yield _part(kv_head, row_XG[entry_E].ravel(), counts * members, tile_rows, key_edges_C, max_keys)
+
+
+def _part(
+    kv_head: int, rows_E: IntArray, counts: IntArray, tile_rows: int, key_edges_C: IntArray, max_keys: int
+) -> ListPart:
+    """Chunk c's list has counts[c] of the rows, which stand chunk after chunk."""
+    lists: list[ChunkList] = []
+    rows: list[IntArray] = []
+    begin, first = 0, 0
+    for chunk in np.flatnonzero(counts).tolist():
+        count, first_key, stop_key = int(counts[chunk]), int(key_edges_C[chunk]), int(key_edges_C[chunk + 1])
+        padding = -count % tile_rows
+        rows += rows_E[begin : begin + count], np.full(padding, rows_E[begin])
+        place = slice(first, first + count + padding)
+        for keys in ranges(stop_key - first_key, max_keys):
+            lists.append(ChunkList(place, count, first_key + keys.start, keys.stop - keys.start))
+        begin, first = begin + count, place.stop
+    return ListPart(kv_head, torch.from_numpy(np.concatenate(rows)), tile_rows, lists)

@@ -23,7 +23,6 @@ from ..ranges import ranges
 from ..report import PairTally
 from ..routing import Routing
 from ..spec import Full, MoBA
-from . import cpu_flash
 from .blocks import Block, causal_blocks, cut
 from .call import AttendCall
 from .fused import BlockViews, StandIn, backward_views, forward_views, view
@@ -133,12 +132,14 @@ class Masked:
             for heads in ranges(self.num_heads, max_masks):
                 yield heads, heads, heads
             return
-        together = cpu_flash.groups_natively()
         for kv_head in range(self.num_kv_heads):
             kv = slice(kv_head, kv_head + 1)
-            for some in ranges(group, (group if routed_of_kv == 1 else max_masks) if together else 1):
+            for some in ranges(group, group if routed_of_kv == 1 else max_masks):
                 heads = slice(kv_head * group + some.start, kv_head * group + some.stop)
                 yield kv if routed_of_kv == 1 else heads, heads, kv
+
+    def views(self, stripe: Stripe, piece: Block) -> BlockViews:
+        return BlockViews(piece, stripe.q_heads, stripe.kv_heads, spread=self.num_heads > self.num_kv_heads)
 
     def open_chunks(self, stripe: Stripe, dtype: torch.dtype) -> Tensor:
         """[B,R,M,W]: 0 for the query's own chunk and those that it picked, of the document's first W, else HIDDEN."""
@@ -181,7 +182,7 @@ def forward(
         opened = masked.open_chunks(stripe, sums.out.dtype)
         for piece in stripe.pieces:
             mask = masked.mask(stripe, piece, opened, memory)
-            views = BlockViews(piece, stripe.q_heads, stripe.kv_heads)
+            views = masked.views(stripe, piece)
             forward_views(q_THD, k_TKD, v_TKD, views, scale, sums, mask)
         if tally is not None:
             tally.add(*masked.pairs(stripe, opened))
@@ -196,5 +197,5 @@ def backward(
         opened = masked.open_chunks(stripe, grads.dq.dtype)
         for piece in stripe.pieces:
             mask = masked.mask(stripe, piece, opened, memory)
-            views = BlockViews(piece, stripe.q_heads, stripe.kv_heads)
+            views = masked.views(stripe, piece)
             backward_views(q_THD, k_TKD, v_TKD, views, scale, grads, stand_in, mask)

@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 
+def joined(lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse of both parts, the share of the added one); two parts of nothing are (-inf, 0)."""
+    both = torch.logaddexp(lse, added)
+    return both, (added - both.clamp_min(torch.finfo(both.dtype).min)).exp_()
+
+
 @dataclass(frozen=True)
 class Sums:
     """out [R+1,Dv], 0 where nothing was merged yet, and lse [R+1], -inf there."""
@@ -29,12 +35,8 @@ class Sums:
     def merge_(self, rows: Tensor, out: Tensor, lse: Tensor, *, fresh: bool = False) -> None:
         """Fold in partial results of `rows`, each once, the spare row aside (formula: merge.py). Spoils `out`."""
         if not fresh:
-            old = self.lse.index_select(0, rows)
-            merged = torch.logaddexp(old, lse)
-            base = torch.where(merged == -torch.inf, 0.0, merged)
-            out.mul_(torch.exp(lse - base).unsqueeze(-1))
-            out.addcmul_(self.out.index_select(0, rows), torch.exp(old - base).unsqueeze(-1))
-            lse = merged
+            lse, share = joined(self.lse.index_select(0, rows), lse)
+            out = self.out.index_select(0, rows).lerp_(out, share.unsqueeze(-1))
         self.out.index_copy_(0, rows, out)
         self.lse.index_copy_(0, rows, lse)
 

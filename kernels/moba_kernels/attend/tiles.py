@@ -18,7 +18,7 @@ from torch import Tensor
 from ..report import PairTally
 from ..scatter import add_rows_
 from .call import AttendCall
-from .rows import take_rows
+from .rows import Rows
 from .steps import Shape, Step, visible_keys
 from .sums import Gradients, Sums
 
@@ -94,7 +94,7 @@ def _count(batch: TileBatch, shape: Shape, tally: PairTally) -> None:
 
 def _gather(x_THD: Tensor, rows: Tensor, num_tiles: int, dtype: torch.dtype) -> Tensor:
     """[N, n, D]: the rows of every tile."""
-    return take_rows(x_THD, rows).view(num_tiles, -1, x_THD.shape[-1]).to(dtype)
+    return Rows.of(x_THD).take(rows).view(num_tiles, -1, x_THD.shape[-1]).to(dtype)
 
 
 def _gather_queries(x_THD: Tensor, batch: TileBatch, dtype: torch.dtype) -> Tensor:

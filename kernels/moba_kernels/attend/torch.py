@@ -27,7 +27,7 @@ from ..report import PairTally, Partial
 from . import fused, masked
 from .blocks import Block, causal_blocks, fitted
 from .call import AttendCall, accumulate_dtype, host_positions
-from .lists import ChunkList, average_list, chunk_lists
+from .lists import ListPart, average_list, chunk_lists
 from .masked import Masked, split_documents
 from .steps import Shape, Step, causal_steps, pick_steps, visible_keys
 from .sums import Gradients, Sums
@@ -51,7 +51,7 @@ class Work:
     blocks: Sequence[Block] = ()
     masked: Masked | None = None
     steps: Iterator[Step] | None = None
-    lists: Iterator[ChunkList] | None = None
+    lists: Iterator[ListPart] | None = None
 
 
 def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Work:
@@ -77,7 +77,7 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
         visible_T = visible_keys(call)
         query_edges, key_edges = np.searchsorted(query_T, edges), np.searchsorted(key_S, edges)
         steps.append(causal_steps(query_edges, key_edges, visible_T, shape, q_THD.device))
-    lists: Iterator[ChunkList] | None = None
+    lists: Iterator[ListPart] | None = None
     if call.routing is not None and segments.any_picks:
         geometry = call.pack.chunks(call.routing.spec.chunk_size)
         key_edges_C = np.searchsorted(key_S, np.append(geometry.start_C, call.pack.num_tokens))
@@ -119,10 +119,10 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         masked.forward(q_THD, k_SKD, v_SKD, work.masked, call.scale, sums, tally)
     if work.steps is not None:
         forward_steps(work.steps, q_THD, k_SKD, v_SKD, call, sums, tally)
-    for of in work.lists or ():
-        fused.forward_list(q_THD, k_SKD, v_SKD, of, call.scale, sums)
+    for part in work.lists or ():
+        fused.forward_lists(q_THD, k_SKD, v_SKD, part, call.scale, sums)
         if tally is not None:
-            tally.add(*of.pairs())
+            tally.add(*part.pairs())
     out_THD = sums.out[:-1].view(num_queries, num_heads, value_dim).to(call.result_dtype)
     return Partial(out_THD, sums.lse[:-1].view(num_queries, num_heads))
 
@@ -151,7 +151,7 @@ def attend_partial_backward(
         masked.backward(q_THD, k_SKD, v_SKD, work.masked, call.scale, grads, stand_in)
     if work.steps is not None:
         backward_steps(work.steps, q_THD, k_SKD, v_SKD, call, grads)
-    for of in work.lists or ():
-        fused.backward_list(q_THD, k_SKD, v_SKD, of, call.scale, grads, stand_in)
+    for part in work.lists or ():
+        fused.backward_lists(q_THD, k_SKD, v_SKD, part, call.scale, grads, stand_in)
     result = call.result_dtype
     return dq[:-1].view(q_THD.shape).to(result), dk.to(result), dv.to(result)
