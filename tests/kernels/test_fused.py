@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial_backward, route
 from moba_kernels.attend import blocks as blocks_module
-from moba_kernels.attend import cpu_flash, fused, masked
+from moba_kernels.attend import cpu_flash, fused, lists, masked
 from moba_kernels.attend.blocks import causal_blocks, fitted
 from moba_kernels.attend.call import AttendCall
 from moba_kernels.attend.lists import average_list, chunk_lists, tile_rows_of
@@ -33,7 +33,7 @@ def at_any_size(request, monkeypatch):
     monkeypatch.setattr(fused, "MIN_KEYS", 0)
     monkeypatch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
     monkeypatch.setattr(masked, "_pays", lambda *sizes: request.param == "masks")
-    monkeypatch.setattr(torch_backend, "MIN_PAIRS_OF_LIST", 0 if request.param == "lists" else 1 << 60)
+    monkeypatch.setattr(lists, "MIN_PAIRS_OF_LIST", 0 if request.param == "lists" else 1 << 60)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_work_cut_into_small_pieces_is_the_same(monkeypatch):
     monkeypatch.setattr(fused, "LIST_ELEMENTS", 1)
     monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(masked, "SIDE", 6)
-    monkeypatch.setattr(import_module("moba_kernels.attend.lists"), "RANGE_ENTRIES", 7)
+    monkeypatch.setattr(lists, "RANGE_ENTRIES", 7)
     for spec in (Full(), MoBA(8, 3), MoBA(8, 3, "group")):
         check_against_oracle([0, 37, 90], spec, backends=["torch"])
 
@@ -207,11 +207,11 @@ def way_of_picks(cu, spec, heads, kv_heads, q_positions=None, value_dim=64):
 
 def test_masks_are_taken_for_small_chunks_and_many_picks_of_a_whole_row():
     row, many = [0, 4096], MoBA(16, 100)
-    assert [way_of_picks(row, MoBA(16, topk), 8, 2) for topk in (16, 64, 100)] == ["tiles", "masks", "masks"]
-    assert [way_of_picks(row, MoBA(size, 2048 // size), 8, 2) for size in (16, 64, 128)] == ["masks", "lists", "lists"]
+    assert [way_of_picks(row, MoBA(16, topk), 8, 2) for topk in (6, 16, 64)] == ["tiles", "lists", "masks"]
+    assert [way_of_picks(row, MoBA(size, 1280 // size), 8, 2) for size in (16, 64, 128)] == ["masks", "lists", "lists"]
     assert way_of_picks([*range(0, 4097, 128)], MoBA(16, 3), 8, 2) == "masks"
     assert way_of_picks([*range(0, 4097, 256)], MoBA(32, 3), 8, 2) == "tiles"
-    assert way_of_picks([0, 65536], many, 8, 2) == "tiles"
+    assert way_of_picks([0, 65536], many, 8, 2) == "lists"
     assert way_of_picks(row, many, 8, 2, torch.arange(4095)) == "lists"  # a shard
     assert way_of_picks(row, many, 8, 2, value_dim=32) == "tiles"  # not for that kernel
 

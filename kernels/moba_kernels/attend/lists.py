@@ -25,6 +25,10 @@ RANGE_ENTRIES = 1 << 21
 # (measured).
 MAX_TILE_ROWS = 256
 MIN_TILE_ROWS = 16
+# Shorter lists, in pairs, are not worth a call each; tiles of many lists then share a GEMM. A row costs such a tile as
+# much as KEYS_OF_TILED_ROW keys (measured).
+MIN_PAIRS_OF_LIST = 1 << 16
+KEYS_OF_TILED_ROW = 128
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ def queries_at_once(group: int, slots: int) -> int:
 def average_list(num_queries: int, group: int, slots: int, num_chunks: int) -> int:
     """Rows of a list if all picks were made and spread evenly over the chunks at hand."""
     return min(num_queries, queries_at_once(group, slots)) * group * slots // max(1, num_chunks)
+
+
+def worth_a_call(average: int, num_keys: int) -> bool:
+    """Are lists that average so many rows faster on their own? Decided by sizes, never by the picks."""
+    return average * (num_keys + KEYS_OF_TILED_ROW) >= MIN_PAIRS_OF_LIST
 
 
 def tile_rows_of(average: int) -> int:

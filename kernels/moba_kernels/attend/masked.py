@@ -26,6 +26,7 @@ from ..spec import Full, MoBA
 from .blocks import Block, causal_blocks, cut
 from .call import AttendCall
 from .fused import BlockViews, StandIn, backward_views, forward_views, view
+from .lists import worth_a_call
 from .sums import Gradients, Sums
 
 # Queries and keys of a block; its mask is 4 MB in fp32, and what its queries open of MAX_CHUNKS is 16 MB. The kernel
@@ -36,18 +37,18 @@ MAX_MASKS = 8
 # Not -inf: a query may see no key of a block. Its weights there are wrong then, and exactly 0 once they are merged.
 HIDDEN = -1e30
 # What picks cost beyond their pairs, in pairs of plain causal attention (measured): a row in a list, one in the tiles
-# that short lists share, and a call of the kernel for a list or a block.
-PAIRS_OF_LISTED_ROW = 24
-PAIRS_OF_TILED_ROW = 72
-PAIRS_OF_CALL = 24 << 10
+# that short lists share, and a call of the kernel for a list or a block, here for a head dim of 1.
+PAIRS_OF_LISTED_ROW = 32
+PAIRS_OF_TILED_ROW = 120
+PAIRS_OF_CALL = 2 << 20
 
 
 def split_documents(
-    call: AttendCall, num_heads: int, num_kv_heads: int, min_pairs_of_list: int
+    call: AttendCall, num_heads: int, num_kv_heads: int, dim: int
 ) -> tuple[list[Block], list[Block]] | None:
     """(covered documents, the others, for masks), or None where lists are expected to be faster, or tokens are missing.
 
-    Decided by sizes known beforehand, never by the picks. Lists of fewer pairs than min_pairs_of_list go by tiles.
+    Decided by sizes known beforehand, never by the picks.
     """
     routing = call.routing
     if routing is None or call.q_positions is not None or call.k_positions is not None:
@@ -61,26 +62,27 @@ def split_documents(
     others: list[Block] = []
     for block in documents:
         (covered if call.segments.covered_C[chunk_T[block.first_query]] else others).append(block)
-    pays = others and _pays(others, routing.spec, num_heads, num_kv_heads, min_pairs_of_list)
+    pays = others and _pays(others, routing.spec, num_heads, num_kv_heads, dim)
     return (covered, others) if pays else None
 
 
-def _pays(documents: list[Block], spec: MoBA, num_heads: int, num_kv_heads: int, min_pairs_of_list: int) -> bool:
+def _pays(documents: list[Block], spec: MoBA, num_heads: int, num_kv_heads: int, dim: int) -> bool:
     lengths = np.repeat([x.num_queries for x in documents], [x.count for x in documents])
     own, planned, causal = (
         num_heads * planned_pairs_of_lengths(lengths, x) for x in (MoBA(spec.chunk_size, 1), spec, Full())
     )
     num_lists = num_kv_heads * int((-(-lengths // spec.chunk_size)).sum())
     rows = (planned - own) // spec.chunk_size
-    if planned - own >= num_lists * min_pairs_of_list:
-        of_lists = planned + rows * PAIRS_OF_LISTED_ROW + num_lists * PAIRS_OF_CALL
+    pairs_of_call = PAIRS_OF_CALL // dim
+    if worth_a_call(rows // num_lists, spec.chunk_size):
+        of_lists = planned + rows * PAIRS_OF_LISTED_ROW + num_lists * pairs_of_call
     else:
         of_lists = planned + rows * PAIRS_OF_TILED_ROW
     # Long documents have too many blocks to look at.
     if causal >= of_lists or lengths.max() > MAX_CHUNKS * spec.chunk_size:
         return False
     blocks = [block for document in documents for block in cut(document, SIDE, SIDE)]
-    return sum(block.pairs(num_heads)[1] + num_heads * PAIRS_OF_CALL for block in blocks) < of_lists
+    return sum(block.pairs(num_heads)[1] + num_heads * pairs_of_call for block in blocks) < of_lists
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,10 @@ class Masked:
         """(attended pairs, score elements)."""
         queries, size = stripe.pieces[0], self.routing.spec.chunk_size
         num_heads = stripe.q_heads.stop - stripe.q_heads.start
-        place_M = torch.arange(queries.num_queries) + (queries.first_query - stripe.document.first_query)
-        seen_MW = (place_M[:, None] + 1 - torch.arange(0, open_BRMW.shape[3] * size, size)).clamp_(0, size)
+        first = queries.first_query - stripe.document.first_query
+        place_M = torch.arange(first, first + queries.num_queries, dtype=torch.int32)
+        edge_W = torch.arange(0, open_BRMW.shape[3] * size, size, dtype=torch.int32)
+        seen_MW = (place_M[:, None] + 1 - edge_W).clamp_(0, size)
         attended = (open_BRMW == 0).int().mul_(seen_MW).sum() * (num_heads // open_BRMW.shape[1])
         return attended, sum(piece.pairs(num_heads)[1] for piece in stripe.pieces)
 

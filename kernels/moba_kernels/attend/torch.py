@@ -27,7 +27,7 @@ from ..report import PairTally, Partial
 from . import fused, masked
 from .blocks import Block, causal_blocks, fitted
 from .call import AttendCall, accumulate_dtype, host_positions
-from .lists import ListPart, average_list, chunk_lists
+from .lists import ListPart, average_list, chunk_lists, worth_a_call
 from .masked import Masked, split_documents
 from .steps import Shape, Step, causal_steps, pick_steps, visible_keys
 from .sums import Gradients, Sums
@@ -40,8 +40,6 @@ from .tiles import backward_steps, forward_steps
 SCRATCH_BYTES = 160 << 20
 BYTES_OF_ROW = 32
 BYTES_OF_PICK = 8
-# Below this many pairs a list is not worth a call of its own; tiles of many lists then share a GEMM.
-MIN_PAIRS_OF_LIST = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
     served = fused.serves(q_THD, v_SKD)
     heads = shape.num_heads, shape.num_kv_heads
     max_queries, max_keys = fused.block_limits(*heads, q_THD.shape[2])
-    documents = split_documents(call, *heads, MIN_PAIRS_OF_LIST) if served else None
+    documents = split_documents(call, *heads, q_THD.shape[2]) if served else None
     if documents is not None:
         assert call.routing is not None
         covered, others = documents
@@ -94,14 +92,13 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
 
 
 def _long_lists(call: AttendCall, shape: Shape, key_edges_C: IntArray) -> bool:
-    """Decided by sizes known beforehand, never by the picks."""
     assert call.routing is not None
     keys_of = np.diff(key_edges_C)
     group, slots = shape.num_heads // shape.num_kv_heads, call.routing.stored.shape[2]
     if not slots:
         return False
     average = average_list(shape.num_queries, group, slots, int((keys_of > 0).sum()))
-    return average * int(keys_of.max()) >= MIN_PAIRS_OF_LIST
+    return worth_a_call(average, int(keys_of.max()))
 
 
 def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, tally: PairTally | None) -> Partial:
