@@ -274,6 +274,16 @@ def test_lists_hold_every_pick_once_with_rows_ascending(select):
     assert sorted(got) == sorted(want)
 
 
+@pytest.mark.parametrize("tokens", [40000, 70000], ids=["16 bits", "32 bits"])
+def test_lists_of_any_number_of_chunks_stand_in_the_order_of_the_chunks(tokens):
+    pack, rows = Pack([0, tokens]), torch.arange(tokens - 3, tokens)
+    chunks = [[1, 257, tokens - 9], [0, 256, 39999], [2, 255, 32768]]
+    routing = Routing(torch.tensor(chunks, dtype=torch.int32)[:, None], MoBA(1, 4), pack, rows)
+    (part,) = chunk_lists(routing, torch.ones(3, dtype=torch.bool), np.arange(tokens + 1), 1, 1, max_keys=8)
+    got = [(of.first_key, part.rows_M[of.rows][: of.num_rows].tolist()) for of in part.lists]
+    assert got == sorted((chunk, [row]) for row, picked in enumerate(chunks) for chunk in picked)
+
+
 def test_tiles_are_a_quarter_of_the_average_list_within_limits():
     assert tile_rows_of(average_list(32768, 4, 3, 64)) == 256  # 6144 rows
     assert tile_rows_of(100) == 32

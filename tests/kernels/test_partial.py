@@ -158,3 +158,16 @@ def test_a_tile_whose_first_query_misses_only_the_last_key_is_masked(first):
         alone = attend(q[position].expand(seen, -1, -1), k[:seen], v[:seen], Full(), backend="reference")
         assert_close(part.out[i], alone.out[-1], 1e-13)
         assert_close(part.lse[i], alone.lse[-1], 1e-13)
+
+
+def test_a_query_that_sees_no_key_at_hand_shares_a_tile_with_one_that_sees_many():
+    rows, keys = torch.tensor([0, 590]), torch.arange(10, 590)
+    q, k, v, dout = make_qkv([0, 600])
+    call = {"pack": Pack([0, 600]), "q_positions": rows, "k_positions": keys}
+    part = attend_partial(q[rows], k[keys], v[keys], Full(), **call)
+    alone = attend_partial(q[rows[1:]], k[keys], v[keys], Full(), **{**call, "q_positions": rows[1:]})
+    assert (part.out[0] == 0).all() and (part.lse[0] == -torch.inf).all()
+    assert_close(part.out[1:], alone.out, 1e-13)
+    delta = (part.out * dout[rows]).sum(-1)
+    dq, dk, dv = attend_partial_backward(dout[rows], q[rows], k[keys], v[keys], part.lse, delta, Full(), **call)
+    assert (dq[0] == 0).all() and all(torch.isfinite(x).all() for x in (dq, dk, dv))
