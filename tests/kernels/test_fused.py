@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -214,6 +215,35 @@ def test_masks_are_taken_for_small_chunks_and_many_picks_of_a_whole_row():
     assert way_of_picks([0, 65536], many, 8, 2) == "lists"
     assert way_of_picks(row, many, 8, 2, torch.arange(4095)) == "lists"  # a shard
     assert way_of_picks(row, many, 8, 2, value_dim=32) == "tiles"  # not for that kernel
+
+
+@pytest.mark.parametrize("select", ["head", "group"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(64, 1, 128), (16, 16, 128), (8, 2, 64), (3, 1, 64)])
+@pytest.mark.parametrize("length", [64, 1000, 4096])
+def test_what_goes_under_masks_together_is_bounded_and_every_head_has_its_turn(
+    length, heads, kv_heads, dim, select, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    pack, spec = Pack([*range(0, 8 * 4096 + 1, length)]), MoBA(16, 3, select)
+    picks = torch.full((pack.num_tokens, spec.routed_heads(heads, kv_heads), 2), -1)
+    edges, token = pack.segments(Full(), complete=True).edges, np.arange(pack.num_tokens)
+    documents = causal_blocks(token, token, edges)
+    work = masked.Masked.of(documents, Routing(picks, spec, pack, complete=True), heads, kv_heads)
+    seen = []
+    for stripe in work.stripes(dim):
+        (together, masks) = (x.stop - x.start for x in (stripe.q_heads, stripe.routed_heads))
+        for piece in stripe.pieces:
+            assert masks <= 8 and piece.count * piece.num_queries * piece.num_keys <= 1 << 20
+            assert together * piece.count * max(piece.num_queries, piece.num_keys) * dim <= 1 << 22
+        kv = range(heads)[stripe.q_heads][0] * kv_heads // heads
+        assert (
+            stripe.kv_heads.start == kv and stripe.routed_heads.start == stripe.q_heads.start * picks.shape[1] // heads
+        )
+        places = range(stripe.document.count)
+        first = stripe.pieces[0]
+        seen += [(first.first_query + i * first.stride, h) for i in places for h in range(heads)[stripe.q_heads]]
+    starts = [t for a, b in pairwise(edges) for t in range(a, b, masked.SIDE)]
+    assert sorted(seen) == sorted((t, h) for t in starts for h in range(heads))
 
 
 def test_documents_under_masks_beside_covered_ones_count_their_pairs_exactly_and_repeat_bitwise():

@@ -34,6 +34,7 @@ from .sums import Gradients, Sums
 SIDE = 1024
 MAX_CHUNKS = 4096
 MAX_MASKS = 8
+ROW_BLOCKS = 4
 # Not -inf: a query may see no key of a block. Its weights there are wrong then, and exactly 0 once they are merged.
 HIDDEN = -1e30
 # What picks cost beyond their pairs, in pairs of plain causal attention (measured): a row in a list, one in the tiles
@@ -114,7 +115,10 @@ class Masked:
         return cls(documents, routing, routing.own_chunks[:, None], num_heads, num_kv_heads)
 
     def stripes(self, dim: int) -> Iterator[Stripe]:
-        """Blocks of SIDE by SIDE; equal ones together while neither mask nor rows of `dim` take more elements."""
+        """Blocks of SIDE by SIDE; equal ones together while neither mask nor rows of `dim` take more elements.
+
+        Heads go together while their rows do not take ROW_BLOCKS times that.
+        """
         threads = torch.get_num_threads()
         for document in self.documents:
             chunks = -(-document.num_queries // self.routing.spec.chunk_size)
@@ -122,21 +126,23 @@ class Masked:
             for _, blocks in groupby(cut(document, SIDE, SIDE), key=lambda block: block.first_query):
                 pieces = list(blocks)
                 widest = max(dim, *(piece.num_keys for piece in pieces))
+                longest = max(pieces[0].num_queries, *(piece.num_keys for piece in pieces))
                 for equal in ranges(document.count, SIDE * SIDE // (pieces[0].num_queries * widest)):
                     some, *parts = (x.part(equal.start, equal.stop) for x in (document, *pieces))
-                    for heads in self._heads(max_masks):
+                    max_heads = ROW_BLOCKS * SIDE * SIDE // (some.count * longest * dim)
+                    for heads in self._heads(max_masks, max_heads):
                         yield Stripe(some, parts, *heads)
 
-    def _heads(self, max_masks: int) -> Iterator[tuple[slice, slice, slice]]:
-        """(routed, query, KV) heads that go together, with max_masks masks, one at least."""
+    def _heads(self, max_masks: int, max_heads: int) -> Iterator[tuple[slice, slice, slice]]:
+        """(routed, query, KV) heads that go together: max_heads with max_masks masks, one at least."""
         group, routed_of_kv = self.num_heads // self.num_kv_heads, self.routing.num_routed_heads // self.num_kv_heads
         if group == 1:
-            for heads in ranges(self.num_heads, max_masks):
+            for heads in ranges(self.num_heads, min(max_masks, max_heads)):
                 yield heads, heads, heads
             return
         for kv_head in range(self.num_kv_heads):
             kv = slice(kv_head, kv_head + 1)
-            for some in ranges(group, group if routed_of_kv == 1 else max_masks):
+            for some in ranges(group, max_heads if routed_of_kv == 1 else min(max_masks, max_heads)):
                 heads = slice(kv_head * group + some.start, kv_head * group + some.stop)
                 yield kv if routed_of_kv == 1 else heads, heads, kv
 
