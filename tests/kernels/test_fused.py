@@ -236,9 +236,8 @@ def test_what_goes_under_masks_together_is_bounded_and_every_head_has_its_turn(
             assert masks <= 8 and piece.count * piece.num_queries * piece.num_keys <= 1 << 20
             assert together * piece.count * max(piece.num_queries, piece.num_keys) * dim <= 1 << 22
         kv = range(heads)[stripe.q_heads][0] * kv_heads // heads
-        assert (
-            stripe.kv_heads.start == kv and stripe.routed_heads.start == stripe.q_heads.start * picks.shape[1] // heads
-        )
+        assert stripe.kv_heads.start == kv
+        assert stripe.routed_heads.start == stripe.q_heads.start * picks.shape[1] // heads
         places = range(stripe.document.count)
         first = stripe.pieces[0]
         seen += [(first.first_query + i * first.stride, h) for i in places for h in range(heads)[stripe.q_heads]]

@@ -26,6 +26,7 @@ from moba_bench.memory import forget_peak, status_bytes
 from moba_kernels import Full, MoBA, Pack, attend
 from moba_kernels.attend import flash
 from moba_kernels.attend import torch as torch_backend
+from moba_kernels.attend.lists import queries_at_once
 
 TOKENS = 16384
 # (query heads, KV heads, head dim)
@@ -150,6 +151,15 @@ def test_scratch_of_a_wide_model_stays_under_the_documented_bound(name, threads)
     assert line["bytes"] <= torch_backend.SCRATCH_BYTES + of_rows
     # A copy of q, or scores of all queries and chunks, would be 64 MiB and more beyond what it takes.
     assert line["bytes"] >= 16 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_as_many_picks_as_are_sorted_at_once_stay_under_the_documented_bound():
+    tokens, (heads, kv_heads, _), picks = 131072, SHAPES[""], spec_of("512x12").num_picks
+    assert queries_at_once(heads // kv_heads, picks) < tokens
+    (line,) = measure("torch", "512x12", tokens=tokens)
+    assert line["bytes"] <= torch_backend.SCRATCH_BYTES + tokens * heads * (torch_backend.BYTES_OF_ROW + 2 * picks)
 
 
 @pytest.mark.timeout(900)

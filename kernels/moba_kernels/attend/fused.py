@@ -1,11 +1,11 @@
 """Attention on CPU through the flash kernel that PyTorch ships, which returns the log-sum-exp.
 
-It serves q, k and v of one head dim. What it is asked for comes in two forms, both without a mask of ours:
+It serves q, k and v of one head dim. What it is asked for comes in two forms:
 
-- blocks (blocks.py): causal squares and rectangles, read through strided views of q, k and v;
+- blocks (blocks.py): causal squares and rectangles, read through strided views of q, k and v; masked.py adds a mask;
 - lists: the rows that picked a chunk, gathered, against the chunk's keys where they lie. A row picks a chunk at most
-  once, so merging a list in place cannot collide. Lists are cut into tiles of a fixed size, zero-padded, so that a
-  row's tile depends only on itself and earlier rows.
+  once, so merging a list in place cannot collide. Lists are cut into tiles of a fixed size, the last one filled, so
+  that a row's tile depends only on itself and earlier rows.
 
 The kernel's backward takes `out` and works out delta = rowsum(dout * out) itself. Here delta is given and out is not:
 `StandIn` has that row sum.

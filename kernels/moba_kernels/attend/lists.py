@@ -19,7 +19,7 @@ from ..pack import IntArray
 from ..ranges import ranges
 from ..routing import Routing
 
-# Entries sorted at a time: 8 MB of keys, 16 MB of order, and as much again inside the sort.
+# Entries sorted at a time: 12 MB of keys, 16 MB of order, 16 MB of rows, and as much again in whole tiles.
 RANGE_ENTRIES = 1 << 21
 # Tiles of 128 rows cost the built-in kernel more a row, and tiles of 768 no less, while they leave threads idle
 # (measured).
@@ -102,7 +102,7 @@ def chunk_lists(
     num_queries, routed, slots = routing.stored.shape
     if not routing.stored.numel() or not keys_of.any():
         return
-    num_chunks, group = len(keys_of), num_heads // num_kv_heads
+    group = num_heads // num_kv_heads
     members = group * num_kv_heads // routed  # query heads that share a pick
     has_keys_C = torch.from_numpy(keys_of > 0)
     tile_rows = tile_rows_of(average_list(num_queries, group, slots, int((keys_of > 0).sum())))
@@ -110,17 +110,28 @@ def chunk_lists(
         of_head = routing.of_kv_heads(kv_head, kv_head + 1, num_kv_heads)
         head_G = np.arange(kv_head * group, (kv_head + 1) * group)
         for part in ranges(num_queries, queries_at_once(group, slots)):
-            pick = of_head.picks_of(part)
-            listed = (pick >= 0) & takes_picks_T[part, None, None] & has_keys_C[pick.clamp_min(0).long()]
-            chunk_I = torch.where(listed, pick, num_chunks).flatten().numpy()
-            counts = np.bincount(chunk_I, minlength=num_chunks + 1)[:num_chunks]
-            if not counts.any():
-                continue
-            # Radix sort up to 16 bits.
-            order = np.argsort(chunk_I.astype(np.uint16) if num_chunks < 2**16 else chunk_I, kind="stable")
-            entry_E = order[: counts.sum()] // slots
             row_XG = (np.arange(part.start, part.stop)[:, None] * num_heads + head_G).reshape(-1, members)
-            yield _part(kv_head, row_XG[entry_E].ravel(), counts * members, tile_rows, key_edges_C, max_keys)
+            # Nothing of the sort stays while the lists are worked on.
+            rows = _rows_by_chunk(of_head.picks_of(part), takes_picks_T[part], has_keys_C, row_XG)
+            lists = _part(kv_head, *rows, tile_rows, key_edges_C, max_keys)
+            del rows
+            if lists.lists:
+                yield lists
+
+
+def _rows_by_chunk(
+    pick_QRP: Tensor, takes_picks_Q: Tensor, has_keys_C: Tensor, row_XG: IntArray
+) -> tuple[IntArray, IntArray]:
+    """(rows of the picks that are taken, chunk after chunk; how many each chunk has). row_XG: rows of each (query,
+    routed head).
+    """
+    num_chunks, slots = len(has_keys_C), pick_QRP.shape[2]
+    listed = (pick_QRP >= 0) & takes_picks_Q[:, None, None] & has_keys_C[pick_QRP.clamp_min(0).long()]
+    chunk_I = torch.where(listed, pick_QRP, num_chunks).flatten().numpy()
+    counts = np.bincount(chunk_I, minlength=num_chunks + 1)[:num_chunks]
+    # Radix sort up to 16 bits.
+    order = np.argsort(chunk_I.astype(np.uint16) if num_chunks < 2**16 else chunk_I, kind="stable")
+    return row_XG[order[: counts.sum()] // slots].ravel(), counts * row_XG.shape[1]
 
 
 def _part(
@@ -138,4 +149,4 @@ def _part(
         for keys in ranges(stop_key - first_key, max_keys):
             lists.append(ChunkList(place, count, first_key + keys.start, keys.stop - keys.start))
         begin, first = begin + count, place.stop
-    return ListPart(kv_head, torch.from_numpy(np.concatenate(rows)), tile_rows, lists)
+    return ListPart(kv_head, torch.from_numpy(np.concatenate((rows_E[:0], *rows))), tile_rows, lists)

@@ -33,7 +33,7 @@ class Sums:
         )
 
     def merge_(self, rows: Tensor, out: Tensor, lse: Tensor, *, fresh: bool = False) -> None:
-        """Fold in partial results of `rows`, each once, the spare row aside (formula: merge.py). Spoils `out`."""
+        """Fold in partial results of `rows`, each once, the spare row aside (formula: merge.py)."""
         if not fresh:
             lse, share = joined(self.lse.index_select(0, rows), lse)
             out = self.out.index_select(0, rows).lerp_(out, share.unsqueeze(-1))
