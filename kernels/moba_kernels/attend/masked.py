@@ -100,6 +100,23 @@ class Stripe:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """The chunks that the queries of a stripe take, their own among them, of the document's first `width`."""
+
+    column_BMRX: Tensor
+    """int64 [B,M,R,P+1]: 1 .. width, and 0 or width + 1 where there is no pick, stored as -1 or 65535."""
+    width: int
+
+    def count(self) -> Tensor:
+        return ((self.column_BMRX > 0) & (self.column_BMRX <= self.width)).count_nonzero()
+
+    def open_chunks(self, dtype: torch.dtype) -> Tensor:
+        """[B,R,M,W]: 0 for the chunks that a query takes, else HIDDEN."""
+        opened = torch.full((*self.column_BMRX.shape[:3], self.width + 2), HIDDEN, dtype=dtype)
+        return opened.scatter_(3, self.column_BMRX, 0.0)[..., 1:-1].transpose(1, 2)
+
+
+@dataclass(frozen=True)
 class Masked:
     """Documents of a whole row, and its picks."""
 
@@ -149,18 +166,15 @@ class Masked:
     def views(self, stripe: Stripe, piece: Block) -> BlockViews:
         return BlockViews(piece, stripe.q_heads, stripe.kv_heads, spread=self.num_heads > self.num_kv_heads)
 
-    def open_chunks(self, stripe: Stripe, dtype: torch.dtype) -> Tensor:
-        """[B,R,M,W]: 0 for the query's own chunk and those that it picked, of the document's first W, else HIDDEN."""
+    def taken(self, stripe: Stripe) -> Taken:
         queries = stripe.pieces[0]
         own_BMR1 = view(self.chunk_T1, queries.first_query, queries.num_queries, queries, slice(1))[..., None]
         stored_BMRP = view(self.routing.stored, queries.first_query, queries.num_queries, queries, stripe.routed_heads)
         first_B1 = view(self.chunk_T1, stripe.document.first_key, 1, stripe.document, slice(1))[..., None]
         width = int(own_BMR1[0, -1] - first_B1[0]) + 1
         own_BMR1 = own_BMR1.expand(*stored_BMRP.shape[:3], 1)
-        column = torch.cat((stored_BMRP.long(), own_BMR1), 3).sub_(first_B1 - 1)
-        # A column more at either end takes the slots without a pick, -1 or 65535.
-        opened = torch.full((*column.shape[:3], width + 2), HIDDEN, dtype=dtype)
-        return opened.scatter_(3, column.clamp_(0, width + 1), 0.0)[..., 1:-1].transpose(1, 2)
+        column_BMRX = torch.cat((stored_BMRP.long(), own_BMR1), 3).sub_(first_B1 - 1)
+        return Taken(column_BMRX.clamp_(0, width + 1), width)
 
     def mask(self, stripe: Stripe, piece: Block, open_BRMW: Tensor, memory: Tensor) -> Tensor:
         """[B,R,M,L] to be added to the scores of a piece, in `memory`."""
@@ -171,16 +185,14 @@ class Masked:
         mask = memory.resize_(*chunks.shape[:-1], size).copy_(chunks).flatten(3)
         return mask[..., skipped : skipped + piece.num_keys]
 
-    def pairs(self, stripe: Stripe, open_BRMW: Tensor) -> tuple[Tensor, int]:
-        """(attended pairs, score elements)."""
+    def pairs(self, stripe: Stripe, taken: Taken) -> tuple[Tensor, int]:
+        """(attended pairs, score elements): a row sees all keys of the chunks that it picked, and its own up to itself."""
         queries, size = stripe.pieces[0], self.routing.spec.chunk_size
-        num_heads = stripe.q_heads.stop - stripe.q_heads.start
+        num_heads, num_masks = stripe.q_heads.stop - stripe.q_heads.start, taken.column_BMRX.shape[2]
         first = queries.first_query - stripe.document.first_query
-        place_M = torch.arange(first, first + queries.num_queries, dtype=torch.int32)
-        edge_W = torch.arange(0, open_BRMW.shape[3] * size, size, dtype=torch.int32)
-        seen_MW = (place_M[:, None] + 1 - edge_W).clamp_(0, size)
-        attended = (open_BRMW == 0).int().mul_(seen_MW).sum() * (num_heads // open_BRMW.shape[1])
-        return attended, sum(piece.pairs(num_heads)[1] for piece in stripe.pieces)
+        hidden_M = size - 1 - np.arange(first, first + queries.num_queries) % size
+        attended = taken.count() * size - queries.count * num_masks * int(hidden_M.sum())
+        return attended * (num_heads // num_masks), sum(piece.pairs(num_heads)[1] for piece in stripe.pieces)
 
 
 def forward(
@@ -189,13 +201,14 @@ def forward(
     """Write the documents' output."""
     memory = sums.out.new_empty(0)
     for stripe in masked.stripes(q_THD.shape[2]):
-        opened = masked.open_chunks(stripe, sums.out.dtype)
+        taken = masked.taken(stripe)
+        opened = taken.open_chunks(sums.out.dtype)
         for piece in stripe.pieces:
             mask = masked.mask(stripe, piece, opened, memory)
             views = masked.views(stripe, piece)
             forward_views(q_THD, k_TKD, v_TKD, views, scale, sums, mask)
         if tally is not None:
-            tally.add(*masked.pairs(stripe, opened))
+            tally.add(*masked.pairs(stripe, taken))
 
 
 def backward(
@@ -204,7 +217,7 @@ def backward(
     """Add the documents' gradients."""
     memory = grads.dq.new_empty(0)
     for stripe in masked.stripes(q_THD.shape[2]):
-        opened = masked.open_chunks(stripe, grads.dq.dtype)
+        opened = masked.taken(stripe).open_chunks(grads.dq.dtype)
         for piece in stripe.pieces:
             mask = masked.mask(stripe, piece, opened, memory)
             views = masked.views(stripe, piece)
