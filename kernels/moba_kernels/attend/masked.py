@@ -186,7 +186,7 @@ class Masked:
         return mask[..., skipped : skipped + piece.num_keys]
 
     def pairs(self, stripe: Stripe, taken: Taken) -> tuple[Tensor, int]:
-        """(attended pairs, score elements): a row sees all keys of its picks, and of its own chunk those up to itself."""
+        """(attended pairs, score elements): rows see all keys of their picks, and the own chunk up to themselves."""
         queries, size = stripe.pieces[0], self.routing.spec.chunk_size
         num_heads, num_masks = stripe.q_heads.stop - stripe.q_heads.start, taken.column_BMRX.shape[2]
         first = queries.first_query - stripe.document.first_query
