@@ -171,6 +171,9 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         if tally is not None:
             for attended, scored in counts:
                 tally.add(attended, scored)
+        del running  # before the next unit's are made
+        if picks:
+            del lists
     return Partial(out, lse)
 
 
@@ -188,7 +191,7 @@ def attend_partial_backward(
     dQ and (dK, dV) are passes of their own: each writes its results without atomics, in one order.
     """
     dout, q, k, v = _rows_contiguous(dout_THD.to(q_THD.dtype), q_THD, k_SKD, v_SKD)
-    lse, delta = lse_TH.contiguous(), delta_TH.contiguous()
+    lse, delta = (x.float().contiguous() for x in (lse_TH, delta_TH))
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.result_dtype) for x in (q, k, v))
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     if not num_queries:
@@ -200,6 +203,7 @@ def attend_partial_backward(
     units = _units(call, num_kv_heads, row_bytes, geometry)
     for kv_first, kv_stop in dict.fromkeys((unit.kv_first, unit.kv_stop) for unit in units):
         everything = Unit(kv_first, kv_stop, 0, num_queries)
+        lists = None  # of the unit before: gone before these are made
         lists = _lists_of(everything, call, geometry, num_kv_heads) if picks else None
         key_gradients(dout, q, k, v, lse, delta, call, geometry, lists, kv_first, kv_stop, dk, dv)
         if everything in units:
@@ -209,8 +213,9 @@ def attend_partial_backward(
         for unit in units:
             if unit.kv_first == kv_first:
                 mine = unit.geometry(geometry)
-                of_range = _lists_of(unit, call, mine, num_kv_heads)
-                _query_gradients(unit, of_range, dout, q, k, v, lse, delta, dq, call, mine, tiles)
+                lists = _lists_of(unit, call, mine, num_kv_heads)
+                _query_gradients(unit, lists, dout, q, k, v, lse, delta, dq, call, mine, tiles)
+                lists = None
     return dq, dk, dv
 
 
