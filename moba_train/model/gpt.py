@@ -156,6 +156,7 @@ def build_gpt(
     token, fp32 [1,S]; see `tiled_loss` for what to do with hidden states. S is a multiple of tp: the shard's own tokens
     come first, the rest is padding that no other token sees.
     """
+    megatron_cpu.compute_on(topology.device)
     _check_offload(engine, topology)
     config = transformer_config(model, engine, topology)
     layers = [layer_spec(model)] * (model.num_layers // topology.pp)

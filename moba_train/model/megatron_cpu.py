@@ -1,7 +1,7 @@
-"""Lets megatron-core (0.16 to 0.19) run on a machine without CUDA.
+"""Lets megatron-core (0.16 to 0.19) compute on the CPU, on a machine without CUDA or with it.
 
 Megatron-core names the CUDA device literally: `torch.zeros(1, device="cuda")`, `torch.cuda.current_device()`,
-`param.type() == "torch.cuda.FloatTensor"`. None of that is needed for its results, so on a machine without CUDA
+`param.type() == "torch.cuda.FloatTensor"`. None of that is needed for its results, so on the CPU
 
 1. the name `torch` *inside megatron.core's modules* is replaced by a view of torch whose factories read "cuda" as "cpu"
    and whose `torch.cuda` answers with the CPU (`adapt_megatron`). torch itself and every other library stay as they
@@ -9,7 +9,8 @@ Megatron-core names the CUDA device literally: `torch.zeros(1, device="cuda")`, 
 2. where Megatron asks a tensor about CUDA (building the optimizer, checkpoints), a `TorchFunctionMode` answers
    (`cuda_calls_on_cpu`). A mode costs microseconds in every operation, hence it is entered there and not in the step.
 
-Where CUDA exists every function here does nothing.
+Until `compute_on` says where this process computes, it is the CPU on a machine without CUDA, and CUDA on one with it.
+On CUDA every function here does nothing.
 """
 
 from __future__ import annotations
@@ -33,22 +34,39 @@ _TYPE_NAMES = {
 }
 
 
+_device_type: str | None = None
+_random_on_cuda: dict[str, Any] = {}
+"""What Megatron's module of this name had before it was adapted."""
+
+
+def compute_on(device: torch.device) -> None:
+    """From now on this process computes there: models on the CPU of a machine with GPUs too, one kind at a time."""
+    global _device_type
+    _device_type = device.type
+    adapt_megatron()
+
+
 def needed() -> bool:
-    """True on a machine without CUDA."""
-    return not torch.cuda.is_available()
+    """True where this process computes on the CPU."""
+    return not torch.cuda.is_available() if _device_type is None else _device_type == "cpu"
 
 
 def adapt_megatron() -> None:
-    """Adapt the modules of megatron.core that are loaded so far; call again after importing more. Idempotent."""
-    if not needed():
-        return
+    """Adapt the modules of megatron.core that are loaded so far, or give them back what they had; call again after
+    importing more. Idempotent.
+    """
+    on_cpu = needed()
+    others, wanted = (torch, _TORCH_ON_CPU) if on_cpu else (_TORCH_ON_CPU, torch)
     for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = _TORCH_ON_CPU  # type: ignore[attr-defined]
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is others:
+            module.torch = wanted  # type: ignore[attr-defined]
     random = sys.modules.get("megatron.core.tensor_parallel.random")
-    if random is not None:  # recompute saves and restores "the CUDA generator"; here that is the CPU's, saved beside it
-        random._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
-        random._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    if random is None:
+        return
+    # Recompute saves and restores "the CUDA generator"; on the CPU that is the CPU's, saved beside it.
+    for name, of_cpu in (("_get_cuda_rng_state", _get_rng_state), ("_set_cuda_rng_state", _set_rng_state)):
+        before = _random_on_cuda.setdefault(name, getattr(random, name))
+        setattr(random, name, of_cpu if on_cpu else before)
 
 
 @contextmanager
@@ -129,4 +147,4 @@ _CUDA_ON_CPU = _View(
 _TORCH_ON_CPU = _View(torch, {"cuda": _CUDA_ON_CPU, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}})
 
 
-__all__ = ["adapt_megatron", "cuda_calls_on_cpu", "needed", "quiet_imports"]
+__all__ = ["adapt_megatron", "compute_on", "cuda_calls_on_cpu", "needed", "quiet_imports"]
