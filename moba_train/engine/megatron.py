@@ -84,6 +84,8 @@ class MegatronEngine(GptEngine):
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            # To the first data-parallel rank, over gloo; otherwise all ranks would get all of it, by way of their GPUs.
+            "distrib_optim_fully_reshardable_mem_efficient": True,
             "dp_cp_group": self.topology.dp_cp_group,
         }
         with megatron_cpu.cuda_calls_on_cpu():

@@ -56,7 +56,7 @@ def build_optimizer(ddp: DistributedDataParallel, config: OptimizerConfig, engin
         use_distributed_optimizer=engine.distributed_optimizer,
     )
     with megatron_cpu.cuda_calls_on_cpu():
-        optimizer = megatron_optimizer.get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False)
+        optimizer = megatron_optimizer.get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=True)
     for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler, which is not used here
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     _create_state(optimizer)

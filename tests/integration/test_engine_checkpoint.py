@@ -61,6 +61,16 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, dist
             np.testing.assert_array_equal(a, b)
 
 
+def holds_state(rank: int, n: int) -> bool:
+    state = engine_of(case_of("fp32", True)).sharded_state_dict(is_loading=False)
+    return state["optimizer"]["param_state"] is not None
+
+
+def test_the_first_data_parallel_rank_alone_collects_the_optimizer_state_to_be_saved() -> None:
+    """All ranks at once would hold three times the model each, on GPUs by way of their memory."""
+    assert run_ranks(holds_state, 2) == [True, False]
+
+
 def test_state_moves_between_meshes_without_a_change(tmp_path: Path) -> None:
     """CP=2 -> CP=1 -> TP=2 -> PP=2 -> CP=2, saving without training: the last reads what the first wrote.
 
