@@ -73,7 +73,9 @@ class DeepSpeedEngine(GptEngine):
             for layer in self._gpt.decoder.layers:  # gathered as a whole: its tiles differ in number between ranks
                 self._deepspeed.utils.set_z3_leaf_module(layer.mlp, True)
         self._adamw = _adamw(self._parameters.values(), optimizer)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at any time; a process by itself has none
+        # DeepSpeed reads it at any time, and takes that CUDA device: under srun a rank may have only one, number 0.
+        if topology.device.type == "cuda" or "LOCAL_RANK" not in os.environ:
+            os.environ["LOCAL_RANK"] = str(topology.device.index or 0)
         with _errors_only():
             self._zero = self._deepspeed.initialize(
                 model=self._gpt,
