@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .emulation import ThreadGroup
-from .process_groups import group_among
+from .process_groups import forget_groups_among, group_among
 
 
 class Work(Protocol):
@@ -55,6 +55,12 @@ class Staged:
 def among(group: Any, ranks: tuple[int, ...]) -> Any:
     """The ranks `ranks` of `group` as a group of their own. Collective over them, the first time."""
     return group.among(ranks) if isinstance(group, ThreadGroup) else group_among(group, ranks)
+
+
+def forget_among(group: Any) -> None:
+    """`among` makes groups of `group` anew. All ranks must call, or none."""
+    if not isinstance(group, ThreadGroup):
+        forget_groups_among(group)
 
 
 def all_gather(received: Tensor, sent: Tensor, *, group: Any, stage: bool = False) -> Work:

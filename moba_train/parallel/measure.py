@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moba_train.config.schema import HardwareConfig
 
-from . import ranks
+from . import collectives, ranks
 from .hardware import PRESETS, Hardware, preset_of_device, with_overrides
 from .wire import Group, Wire
 
@@ -51,6 +51,7 @@ def measure(hardware: Hardware, group: Group, *, node_ranks: int, device: torch.
     place = [r for r in range(num_ranks) if r % node_ranks == rank % node_ranks]
     near = _link(Wire(group, transport="measurement"), node, device)
     far = _link(Wire(group, transport="measurement"), place, device)
+    collectives.forget_among(group)  # nodes of unequal size: some are also groups of a transport
     times = (*near, *far, _product_s(device, dtype), _host_read_s(device))
     near_small, near_large, far_small, far_large, product_s, host_read_s = _slowest(times)
     near_peers, far_peers = min(node_ranks, num_ranks) - 1, -(-num_ranks // node_ranks) - 1

@@ -98,6 +98,15 @@ def group_among(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.Proces
     return made[ranks]
 
 
+def forget_groups_among(group: dist.ProcessGroup) -> None:
+    """What `group_among` made of `group` is made anew. All ranks must call, or none.
+
+    PyTorch names such a group by how many a rank has, so ranks whose numbers differ never meet. They would, once some
+    ranks are asked for a group that they have and others for one that they have not.
+    """
+    _GROUPS_AMONG.pop(group, None)
+
+
 def destroy_process_groups() -> None:
     """Take all process groups down, if there are any.
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moba_kernels import Full, MoBA, Pack
 from moba_train.config.schema import HardwareConfig
@@ -15,10 +16,12 @@ from moba_train.parallel.cost import choose_transport, compute_pairs, exchange_s
 from moba_train.parallel.emulation import ThreadGroup, run_threads
 from moba_train.parallel.hardware import PRESETS, Hardware, preset_of_device, with_overrides
 from moba_train.parallel.measure import measure
+from moba_train.parallel.process_groups import group_among
 from moba_train.parallel.rules import TRANSPORT_NAMES
 from moba_train.parallel.shard import shard
 from moba_train.parallel.traffic import Traffic
 from moba_train.parallel.volume import Exchange, HeadShape, RowShape, transport_exchanges
+from tests.distributed import run_ranks
 from tests.parallel.sharded_case import CASES, check_case, inputs_of
 
 MILLION = 1 << 20
@@ -253,6 +256,20 @@ def test_measuring_gives_positive_numbers_for_the_links_that_there_are() -> None
         assert hardware.node_bytes_s != PRESETS["cpu"].node_bytes_s != hardware.cross_bytes_s
     (alone,) = run_threads(of_rank, 1)
     assert alone.node_bytes_s == PRESETS["cpu"].node_bytes_s  # nobody to measure with
+
+
+def test_ranks_of_unequal_nodes_meet_in_other_groups_after_measuring() -> None:
+    assert run_ranks(meet_after_measuring, 3, timeout_s=60.0) == [3.0] * 3
+
+
+def meet_after_measuring(rank: int, n: int) -> float:
+    group = dist.group.WORLD
+    assert group is not None
+    measure(PRESETS["cpu"], group, node_ranks=2, device=torch.device("cpu"), dtype=torch.float32)
+    group_among(group, (rank,))  # rank 2 was a node by itself: it has had this group
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total, group=group_among(group, tuple(range(n))))
+    return total.item()
 
 
 def test_auto_takes_the_model_s_choice_on_every_rank_and_still_equals_one_rank() -> None:
