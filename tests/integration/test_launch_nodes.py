@@ -188,6 +188,7 @@ time.sleep(60)
     assert starts(tmp_path) == [1, 1]
 
 
+@pytest.mark.slow
 def test_two_nodes_start_again_together_and_meet_as_if_for_the_first_time(tmp_path: Path) -> None:
     """A new mesh; a rank that ends before it has met the others; one that is killed; and one failure too many."""
     program = """

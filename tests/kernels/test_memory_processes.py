@@ -140,8 +140,14 @@ def test_the_order_of_running_does_not_matter(measured):
 
 @pytest.mark.parametrize(
     ("name", "threads"),
-    [("wide:512x4", 1), ("wide:16x4", 1), ("wide:16x64", 1), ("wide:16x64", 8)],  # heads share a call by the threads
-    ids=["lists", "tiles", "masks", "masks of 8 heads"],
+    [
+        pytest.param("wide:512x4", 1, id="lists"),
+        pytest.param("wide:16x4", 1, id="tiles"),
+        pytest.param("wide:16x64", 1, id="masks", marks=pytest.mark.slow),
+        pytest.param(
+            "wide:16x64", 8, id="masks of 8 heads", marks=pytest.mark.slow
+        ),  # heads share a call by the threads
+    ],
 )
 def test_scratch_of_a_wide_model_stays_under_the_documented_bound(name, threads):
     tokens, heads, picks = 4096, SHAPES["wide"][0], spec_of(name.removeprefix("wide:")).num_picks
@@ -163,7 +169,7 @@ def test_as_many_picks_as_are_sorted_at_once_stay_under_the_documented_bound():
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["full", "1024x4"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "1024x4"])
 def test_many_query_heads_of_one_kv_head_over_a_long_segment_stay_under_the_documented_bound(name):
     tokens, heads = 4096, SHAPES["grouped"][0]
     (line,) = measure("torch", f"grouped:{name}", tokens=tokens)
