@@ -51,6 +51,7 @@ MOST_LINES = 12
 # A rank that lost the others, or was ended by the agent, comes after the one that failed by itself; that one's word may
 # be this much later, since ranks spend seconds on telling one another.
 CONSEQUENCE_S = 10.0
+HANDLED_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,9 @@ class Agent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         self._run, self._logs = run, logs
         self._outlives_terminal = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup wants it
+        if self._outlives_terminal:
+            handled = os.environ.get(HANDLED_SIGNALS, "SIGTERM,SIGINT,SIGHUP,SIGQUIT").split(",")
+            os.environ[HANDLED_SIGNALS] = ",".join(name for name in handled if name != "SIGHUP")
         self._mesh_steps: set[int] = set()
         self._store_of_start: TCPStore | None = None
 
@@ -223,7 +227,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started: dict[int, Any] = super()._start_workers(worker_group)
-        if self._outlives_terminal:  # torchrun has just put a handler of its own in place
+        if self._outlives_terminal:  # an older torchrun, which knows no HANDLED_SIGNALS, has put its handler in place
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return started
 
@@ -321,4 +325,8 @@ def launch(options: Any, logs: RankLogs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A signal while torchrun ends its ranks can leave threads of its own behind, which an ordinary exit would wait for.
+    os._exit(code)

@@ -188,6 +188,28 @@ time.sleep(60)
     assert starts(tmp_path) == [1, 1]
 
 
+def test_a_second_signal_while_ranks_save_leaves_no_launcher_behind(tmp_path: Path) -> None:
+    program = """
+def save(signum, frame):
+    pathlib.Path(f"saving_{rank}").touch()
+    time.sleep(2.0)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(f"ready_{rank}").touch()
+time.sleep(60)
+"""
+    launcher = run_ranks(tmp_path, program)
+    for mark in ("ready", "saving"):
+        while len(list(tmp_path.glob(f"{mark}_*"))) < 2 and launcher.poll() is None:
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGTERM)
+    try:
+        assert launcher.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        launcher.kill()
+        launcher.communicate()
+
+
 @pytest.mark.slow
 def test_two_nodes_start_again_together_and_meet_as_if_for_the_first_time(tmp_path: Path) -> None:
     """A new mesh; a rank that ends before it has met the others; one that is killed; and one failure too many."""
