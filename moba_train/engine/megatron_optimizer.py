@@ -70,6 +70,8 @@ def sharded_optimizer_state(
     with _positions_without_padding(optimizer):
         state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     _own_step_counts(optimizer)
+    if state.get("param_state", ()) is None:  # another rank has it; `None` would be a value that ranks disagree on
+        del state["param_state"]
     return state
 
 

@@ -63,7 +63,7 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, dist
 
 def holds_state(rank: int, n: int) -> bool:
     state = engine_of(case_of("fp32", True)).sharded_state_dict(is_loading=False)
-    return state["optimizer"]["param_state"] is not None
+    return "param_state" in state["optimizer"]
 
 
 def test_the_first_data_parallel_rank_alone_collects_the_optimizer_state_to_be_saved() -> None:

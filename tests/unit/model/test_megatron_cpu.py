@@ -50,6 +50,7 @@ def test_tensors_answer_cuda_questions_only_inside_the_context() -> None:
 ON_THE_CPU_OF_A_MACHINE_WITH_GPUS = """
 import torch
 torch.cuda.is_available = lambda: True  # what a GPU would be asked for raises here
+torch.optim.AdamW._accelerator_graph_capture_health_check = lambda self: None  # PyTorch's own question to its GPUs
 import megatron.core.optimizer.clip_grads as inside
 from moba_train.model import megatron_cpu
 from tests.integration.engine_case import CASES, engine_of, packed_row
