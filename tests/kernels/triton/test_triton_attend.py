@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -227,6 +229,43 @@ def test_work_in_units_gives_the_same_numbers(monkeypatch, dtype):
         ):
             assert_close(got, want.detach(), 3e-6 if got.dtype == FP32 else 2.0**-7 * float(want.detach().abs().max()))
         assert parts[0].report.computed_pairs == whole[0].report.computed_pairs
+
+
+@pytest.mark.parametrize("budget", [150_000, 40_000], ids=["KV heads", "ranges of queries"])
+def test_lists_and_accumulators_of_a_unit_are_gone_before_the_next_ones_are_made(monkeypatch, budget):
+    """Otherwise the scratch is twice what is documented."""
+    pack, spec, held = Pack([0, 90, 300]), MoBA(32, 3), []
+    for name, value in (("SORT_BYTES", 0), ("BYTES_OF_LIST", 0), ("SCRATCH_BYTES", budget)):
+        monkeypatch.setattr(backend, name, value)
+    make_lists, run_forward = backend._lists_of, backend.run_causal_forward
+
+    def lists_of(*args):
+        assert not [x for x in held if x[0] == "lists" and x[1]() is not None]
+        lists = make_lists(*args)
+        held.append(("lists", weakref.ref(lists)))
+        return lists
+
+    def causal_forward(q, k, v, running, *rest):
+        assert not [x for x in held if x[0] == "running" and x[1]() is not None]
+        held.append(("running", weakref.ref(running)))
+        return run_forward(q, k, v, running, *rest)
+
+    monkeypatch.setattr(backend, "_lists_of", lists_of)
+    monkeypatch.setattr(backend, "run_causal_forward", causal_forward)
+    run(*make_qkv([0, 90, 300], dim=32, dtype=BF16), spec, pack, routing_of(spec, pack, 4, 2))
+    assert len(held) > 4
+
+
+def test_lse_and_delta_in_fp64_are_taken_as_fp32():
+    cu, spec, pack = [0, 90], MoBA(32, 2), Pack([0, 90])
+    q, k, v, dout = make_qkv(cu, dim=32, dtype=BF16)
+    options = {"pack": pack, "routing": routing_of(spec, pack, 4, 2), "backend": "triton"}
+    part = attend_partial(q, k, v, spec, **options)
+    delta = (dout.double() * part.out.double()).sum(-1)
+    wide = attend_partial_backward(dout, q, k, v, part.lse.double(), delta, spec, **options)
+    narrow = attend_partial_backward(dout, q, k, v, part.lse, delta.float(), spec, **options)
+    for got, want in zip(wide, narrow, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_kv_heads_one_at_a_time_share_the_tables_that_none_of_them_changes(monkeypatch):
