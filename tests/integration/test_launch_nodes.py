@@ -168,6 +168,7 @@ def save(signum, frame):
     pathlib.Path(f"saved_{rank}").touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
+pathlib.Path(f"handled_{rank}").write_text(os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"])
 pathlib.Path(f"ready_{rank}").touch()
 time.sleep(60)
 """
@@ -186,6 +187,7 @@ time.sleep(60)
     assert (code, out, err) == (128 + signal.SIGTERM, "", "launch: SIGTERM was passed on to the ranks\n")
     assert len(list(tmp_path.glob("saved_*"))) == 2
     assert starts(tmp_path) == [1, 1]
+    assert (tmp_path / "handled_0").read_text() == "SIGTERM,SIGINT,SIGQUIT", "torchrun never has a handler of SIGHUP"
 
 
 def test_a_second_signal_while_ranks_save_leaves_no_launcher_behind(tmp_path: Path) -> None:
@@ -208,6 +210,36 @@ time.sleep(60)
     finally:
         launcher.kill()
         launcher.communicate()
+
+
+def test_a_thread_that_torchrun_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
+    path = ROOT / "launch" / "run_ranks.py"
+    script = f"""
+import runpy, signal, sys, threading, time
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.launcher import api
+
+class Launch:
+    def __init__(self, *of): pass
+    def __call__(self, *words):
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        raise SignalException("", signal.SIGTERM)
+
+api.elastic_launch = Launch
+sys.argv = [{str(path)!r}, "--standalone", "--nproc-per-node", "1", "program.py"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "launch: SIGTERM was passed on to the ranks\n")
 
 
 @pytest.mark.slow
