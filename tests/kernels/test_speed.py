@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ def test_a_row_that_topk_chunks_cover_costs_what_dense_attention_costs():
 
 
 @pytest.mark.usefixtures("all_cores")
-def test_picks_of_half_the_pairs_cost_little_more_than_dense_attention():
-    # 1.0 times where dense attention is slower beside memory, 1.3 where it is faster: attend/README.md
-    assert best_speed_up(MoBA(128, 14), 4096, 1 / 1.5) >= 1 / 1.5
+def test_picks_of_half_the_pairs_cost_no_more_than_dense_attention():
+    # The limit is missed where PyTorch's matrix library takes its own maker's code (attend/README.md): no worse there.
+    limit = 1.5 if made_by_intel() else 1.1
+    assert best_speed_up(MoBA(128, 14), 4096, 1 / limit) >= 1 / limit
+
+
+def made_by_intel() -> bool:
+    about = Path("/proc/cpuinfo")
+    return about.exists() and "GenuineIntel" in about.read_text()
