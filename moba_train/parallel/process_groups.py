@@ -101,8 +101,8 @@ def group_among(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.Proces
 def forget_groups_among(group: dist.ProcessGroup) -> None:
     """What `group_among` made of `group` is made anew. All ranks must call, or none.
 
-    PyTorch names such a group by how many a rank has, so ranks whose numbers differ never meet. They would, once some
-    ranks are asked for a group that they have and others for one that they have not.
+    PyTorch names such a group by how many groups a rank has, so ranks that have not equally many never meet. That comes
+    about where some ranks already have the group that they are asked for, and others make one.
     """
     _GROUPS_AMONG.pop(group, None)
 
