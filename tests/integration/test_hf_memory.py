@@ -63,4 +63,5 @@ def test_a_conversion_holds_less_than_two_of_the_largest_tensor(tmp_path: Path) 
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     for grown in map(int, done.stdout.splitlines()[-1].split()):
-        assert LARGEST < grown < 2 * LARGEST, f"{grown / MIB:.0f} MiB"
+        # The lower limit shows that the largest tensor was seen; some of what was resident before may have gone.
+        assert 0.9 * LARGEST < grown < 2 * LARGEST, f"{grown / MIB:.0f} MiB"

@@ -35,16 +35,22 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def peak_bytes() -> int:
+    """The most that was resident at once since `forget_peak`, without files: pages of libraries that were read in
+    meanwhile, more or fewer by what the machine had in its cache, are nobody's scratch."""
+    return status_bytes("VmHWM") - status_bytes("RssFile")
+
+
 def measure_here(shape: Shape, backend: str) -> Bytes:
     """In this process, which should have done nothing else."""
     small = small_of(shape, 64)
     moba_contestant("warm-up", backend, small, make_inputs(small, "cpu")).both()  # the libraries' own allocations
-    library = status_bytes("VmRSS")
+    library = status_bytes("RssAnon")
     inputs = make_inputs(shape, "cpu")
-    with_inputs = status_bytes("VmRSS")
+    with_inputs = status_bytes("RssAnon")
     forget_peak()
     moba_contestant("moba", backend, shape, inputs).both()
-    peak = status_bytes("VmHWM")
+    peak = peak_bytes()
     return {"total": peak - library, "beyond": peak - with_inputs}
 
 
