@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,6 +82,38 @@ def start_alone(device: torch.device, *, timeout: timedelta) -> None:
     dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=timeout)
 
 
+@contextmanager
+def shared_gloo_devices() -> Iterator[None]:
+    """gloo groups that are made meanwhile share the devices of the default group, or of the first of them.
+
+    A device is a listening socket and a thread, which wakes up every 10 ms however idle its group is. PyTorch makes
+    one for each group, and Megatron some twenty groups a rank: with several ranks on a core that took a third of its
+    time. What differs between groups, connections and their order, belongs to the group itself.
+    """
+    usual = dist.ProcessGroupGloo
+    shared: list[Any] = []
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        assert dist.group.WORLD is not None
+        options: Any = dist.group.WORLD._get_backend(torch.device("cpu")).options
+        shared += options._devices
+
+    class Group(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            if not shared:
+                super().__init__(store, rank, size, timeout=timeout)
+                shared.extend(self.options._devices)  # type: ignore[attr-defined]
+                return
+            options = usual._Options()  # type: ignore[attr-defined]
+            options._devices, options._threads, options._timeout = shared, 2 * len(shared), timeout
+            super().__init__(store, rank, size, options)
+
+    dist.distributed_c10d.ProcessGroupGloo = Group  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        dist.distributed_c10d.ProcessGroupGloo = usual  # type: ignore[misc]
+
+
 def group_among(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """The ranks `ranks` of `group`, as a group of their own with the same backend and timeout; made once, then kept.
 
@@ -92,9 +125,9 @@ def group_among(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.Proces
         device = torch.device("cuda" if backend == "nccl" else "cpu")
         timeout = group._get_backend(device).options._timeout
         everyone = dist.get_process_group_ranks(group)
-        made[ranks] = dist.new_group(
-            [everyone[rank] for rank in ranks], timeout=timeout, backend=backend, use_local_synchronization=True
-        )
+        members = [everyone[rank] for rank in ranks]
+        with shared_gloo_devices():
+            made[ranks] = dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
     return made[ranks]
 
 

@@ -19,7 +19,7 @@ from moba_train.errors import BackendError, ConfigError
 from moba_train.quiet import quiet_imports
 
 from .fingerprint import check_agreement
-from .process_groups import destroy_process_groups, start_alone, start_process_group
+from .process_groups import destroy_process_groups, shared_gloo_devices, start_alone, start_process_group
 from .sentry import collective_timeout_s, device_timeout_s
 from .watch import Watch
 
@@ -105,6 +105,19 @@ def init_topology(
     device = _own_device(device, int(env.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _join(env, device, timeout_s)
+    with shared_gloo_devices():
+        return _mesh_of(parallel, dp, device, timeout_s, save_timeout_s, start_timeout_s)
+
+
+def _mesh_of(
+    parallel: ParallelConfig,
+    dp: int,
+    device: torch.device,
+    timeout_s: float,
+    save_timeout_s: float,
+    start_timeout_s: float,
+) -> Topology:
+    """All groups over the default one."""
     limit_s = collective_timeout_s(timeout_s)
     control_group = _all_over_gloo(limit_s)
     # Groups are made by all ranks in one order, so ranks that mean different meshes would wait for each other.
@@ -123,7 +136,7 @@ def init_topology(
     replicas = replica_ranks(tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, dp=dp)
     return Topology(
         rank=dist.get_rank(),
-        world_size=world_size,
+        world_size=dist.get_world_size(),
         tp=parallel.tp,
         cp=parallel.cp,
         pp=parallel.pp,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,10 +53,37 @@ def _meshes(rank: int, n: int) -> dict[str, Any]:
     return seen
 
 
+def _gloo_threads() -> int:
+    return [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")].count("gloo_tcp_loop")
+
+
+def _threads_and_sums(rank: int, n: int) -> tuple[int, list[float]]:
+    """Threads of gloo beyond the default group's, and sums over two groups that ranks take in different orders."""
+    before = _gloo_threads()
+    mesh = init_topology(ParallelConfig(cp=2), device=CPU, timeout_s=60, save_timeout_s=777.0)
+    among = group_among(mesh.cp_group, (0, 1))
+    threads = _gloo_threads() - before
+    groups = (mesh.save_group, among)
+    sums = [torch.tensor(float(rank + 10 * i)) for i in range(2)]
+    order = (0, 1) if rank == 0 else (1, 0)
+    works = [dist.all_reduce(sums[i], group=groups[i], async_op=True) for i in order]
+    for work in works:
+        work.wait()
+    limits: list[Any] = [group._get_backend(CPU).options for group in groups]
+    assert limits[0]._timeout == timedelta(seconds=777) > limits[1]._timeout
+    assert dist.distributed_c10d.ProcessGroupGloo is dist.ProcessGroupGloo  # groups of others are made as ever
+    return threads, [x.item() for x in sums]
+
+
 def _wait_for_rank_0(rank: int, n: int) -> str:
     """Wait in the group for starts for longer than a collective may take otherwise (2.5 s)."""
     mesh = init_topology(ParallelConfig(cp=2), device=CPU, timeout_s=4.0, start_timeout_s=30.0)
     return ranks.from_rank_0(lambda: time.sleep(4.0) or "it came", mesh.start_group)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
+def test_all_groups_of_a_rank_share_one_thread_of_gloo_and_keep_orders_and_timeouts_of_their_own() -> None:
+    assert run_ranks(_threads_and_sums, 2) == [(0, [1.0, 21.0])] * 2
 
 
 def test_ranks_wait_for_an_index_beyond_the_limit_of_a_step() -> None:
