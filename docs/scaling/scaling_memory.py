@@ -51,14 +51,14 @@ class Memory:
         picks: of all MoBA layers, kept so that the recomputed forward pass takes the same.
         sums: dq, dk and dv of one layer in fp32.
         exchanged: what the transport holds of other ranks.
-        host: checkpoints in host memory.
+        offloaded: checkpoints that travel to host memory and back; `plan.parked` is what they take there.
     """
 
     plan: MemoryPlan
     picks: float
     sums: float
     exchanged: float
-    host: float
+    offloaded: float
 
     @property
     def attention(self) -> float:
@@ -97,7 +97,7 @@ def rank_memory(
         picks=sum(count * _pick_bytes(spec, heads, row) for spec, count in layers.items()),
         sums=float(tokens * (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim * _FP32),
         exchanged=0.0,
-        host=checkpoints if offload else 0.0,
+        offloaded=checkpoints if offload else 0.0,
     )
 
 

@@ -108,7 +108,7 @@ class Step:
     @property
     def offload_share(self) -> float:
         """Time of checkpoints to host memory and back / step."""
-        return 2 * self.memory.host * (self.job.rows // self.mesh.dp) / HOST_BYTES_S / self.total_s
+        return 2 * self.memory.offloaded * (self.job.rows // self.mesh.dp) / HOST_BYTES_S / self.total_s
 
     @property
     def tokens_s(self) -> float:

@@ -102,7 +102,7 @@ def memory_row(num_gpus: int, step: Step | None) -> str:
         return line(str(num_gpus), "does not fit", *["-"] * 11)
     memory, plan = step.memory, step.memory.plan
     sizes = [plan.weights, plan.gradients, plan.optimizer, plan.kept, memory.picks, memory.attention]
-    sizes += [memory.exchanged, plan.mlp, plan.loss, memory.total, memory.host]
+    sizes += [memory.exchanged, plan.mlp, plan.loss, memory.total, plan.parked]
     sizes.append(untiled_loss_bytes(step.job.model, step.job.seq_len // step.mesh.cp) / step.mesh.tp)
     return line(str(num_gpus), *(number(size / 1e9) for size in sizes))
 

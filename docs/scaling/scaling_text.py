@@ -318,7 +318,7 @@ def _published(ring: tuple[Step, Step], longest: Mapping[int, int], best: Step) 
         line(
             "TRL, ring attention: Qwen3-8B, 1M tokens, 8 H100, full attention",
             "380 s a step, 56 GB a GPU",
-            f"{dense}, and {full.memory.host / gb:.0f} GB of host memory; {sparse}",
+            f"{dense}, and {full.memory.plan.parked / gb:.0f} GB of host memory; {sparse}",
         ),
         line(
             "DeepSpeed ALST: Llama-8B, longest row on 1 / 8 / 32 H100",

@@ -8,6 +8,7 @@ rank), D head dim, e bytes of an element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class MemoryPlan:
         gathered: keys and values of a whole row, and their gradients, of one stride of KV heads.
         mlp: what one layer needs on top while the backward of its MLP runs.
         loss: a tile of logits, and the last hidden states, their norm and the gradients of both.
+        parked: pinned host memory in which checkpoints of recompute wait (engine.offload = "host").
         stages: names of the stages that it holds for, which share a mesh.
     """
 
@@ -50,11 +52,12 @@ class MemoryPlan:
     gathered: float
     mlp: float
     loss: float
+    parked: float = 0.0
     stages: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
-        """The most at once: loss, MLP and attention follow one another."""
+        """The most at once, without `parked`: loss, MLP and attention follow one another."""
         always = self.libraries + self.weights + self.gradients + self.optimizer + self.data + self.kept + self.picks
         return always + max(self.attention + self.gathered, self.mlp, self.loss)
 
@@ -104,6 +107,7 @@ def _estimate(
         gathered=shard.gathered(row) if parallel.cp > 1 else 0.0,
         mlp=shard.mlp,
         loss=shard.loss,
+        parked=shard.parked(layers, parallel.pp),
         stages=tuple(stage.name for stage in stages),
     )
 
@@ -156,6 +160,13 @@ class _Shard:
         if self.engine.offload == "host":
             return 2 * self.hidden  # one under way, one in use
         return layers * pp * self.hidden
+
+    def parked(self, layers: int, pp: int) -> float:
+        """Of each layer its input. PyTorch rounds an allocation of pinned memory up to a power of two
+        (ATen/core/CachingHostAllocator.h)."""
+        if self.engine.offload != "host":
+            return 0.0
+        return layers * pp * float(1 << (math.ceil(self.hidden) - 1).bit_length())
 
     def picks(self, stage: StageConfig) -> float:
         """Two bytes for each query, head and pick of the MoBA layers; as many layers as rows in flight under pp."""
@@ -212,7 +223,7 @@ def gathered_bytes(num_tokens: int, num_kv_heads: int, width: int, element: int)
 
 def memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
     """The plan as text."""
-    rows = (
+    rows = [
         ("libraries", memory.libraries, "Python, PyTorch, Megatron; on a GPU they are not in its memory"),
         ("weights", memory.weights, "bytes per parameter / (tp * pp)"),
         ("gradients", memory.gradients, "4 bytes per parameter / (tp * pp)"),
@@ -225,7 +236,9 @@ def memory_lines(memory: MemoryPlan, config: RunConfig) -> list[str]:
         ("mlp", memory.mlp, "one layer's activations and gradients, while its MLP's backward runs"),
         ("loss", memory.loss, "a tile of logits, the last hidden states and gradients"),
         ("total", memory.total, "the largest of attention + gathered, mlp and loss, with all others"),
-    )
+    ]
+    if memory.parked:
+        rows.append(("parked", memory.parked, "in host memory: checkpoints, each rounded up to a power of two"))
     title = "memory per rank, estimated" + (" (dp = auto counts as 1)" if config.parallel.dp == "auto" else "")
     others = [plan for plan in memory_by_mesh(config) if plan.stages != memory.stages]
     if others:

@@ -113,13 +113,10 @@ def needs_of(config: RunConfig, mesh: ParallelConfig, device_kind: str) -> Need:
     plan = estimate_memory(here)
     # Measured on checkpoints of both precisions: the weights, and fp32 weights and two moments of the optimizer.
     checkpoint = count_parameters(config.model) * ((2 if engine.precision == "bf16" else 4) + 12)
-    offloaded = 0.0
-    if engine.offload == "host":
-        offloaded = estimate_memory(replace(here, engine=replace(engine, offload="none"))).kept
     on_cpu = device_kind == "cpu"
     return Need(
         device=0.0 if on_cpu else plan.total,
-        host=plan.total - plan.libraries if on_cpu else offloaded,
+        host=plan.total - plan.libraries if on_cpu else plan.parked,
         save=checkpoint / (mesh.tp * mesh.pp),
         checkpoint=checkpoint,
         stages=tuple(stage.name for stage in stages),

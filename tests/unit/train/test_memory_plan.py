@@ -44,10 +44,18 @@ def test_what_is_kept_is_one_hidden_state_a_layer_and_everything_without_recompu
     assert estimate_memory(llama).kept == 32 * hidden
     offloaded = estimate_memory(replace(llama, engine=replace(llama.engine, offload="host")))
     assert offloaded.kept == 2 * hidden
+    assert (offloaded.parked, estimate_memory(llama).parked) == (32 * hidden, 0)
     plain = estimate_memory(replace(llama, engine=replace(llama.engine, recompute="none")))
     # four hidden states, and q, k, v, attention output, lse and three ffn vectors of a tensor-parallel rank
     per_token = (4 * 4096 * 2 + (2 * 32 + 2 * 8) * 128 * 2 + 4 * 32 + 3 * 14336 * 2) / 4
     assert plain.kept == pytest.approx(32 * 2**16 * per_token)
+
+
+def test_checkpoints_on_the_host_take_powers_of_two_as_pytorch_allocates_pinned_memory(llama: RunConfig) -> None:
+    engine = replace(llama.engine, offload="host")
+    stages = (replace(llama.stages[0], seq_len=3 * 2**18),)
+    config = replace(llama, engine=engine, stages=stages)
+    assert estimate_memory(config).parked == 32 * 2**27  # 3/4 of a million tokens take as much as a million
 
 
 def test_more_context_parallel_ranks_share_what_belongs_to_tokens_but_not_what_is_gathered(llama: RunConfig) -> None:
