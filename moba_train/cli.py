@@ -276,6 +276,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
         check_training_inputs(config)
     with collection_paused():
         from moba_train.commands.train import run_train
+    gc.freeze()  # what was imported lives as long as the process: no collection looks at it again
 
     return run_train(config, resume=args.resume)
 

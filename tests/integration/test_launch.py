@@ -132,7 +132,7 @@ def test_a_run_that_is_stopped_killed_and_resumed_is_the_run_that_never_was(work
     os.kill(ranks_after_step(killed, run, len(records(run)) + 6)[1], signal.SIGKILL)
     code, out, err = ended(killed)
     assert code == 0 and out.count("resuming from disturbed/checkpoints/step_") == 2
-    assert "(rank 0): error: ranks lost each other" in err and "rank 1: gone" in err
+    assert "(rank 0): error: ranks lost each other" in err and "rank 1: gone" in err, out
     told = next(line for line in err.splitlines() if line.startswith("launch: rank 1 (host "))
     assert told.endswith("ended first, with SIGKILL")
     assert err.splitlines()[-1] == "launch: starting again, restart 1 of at most 1"
