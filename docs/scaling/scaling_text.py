@@ -279,8 +279,8 @@ def _memory(tables: Mapping[str, str]) -> str:
 GB = 1e9 bytes, the meshes of the step tables. The total counts the largest of attention with what is gathered, MLP,
 and
 loss, which follow one another. "picks": the routing kept for the recomputed forward pass. "gathered": buffers of the
-transport, for all_gather those of one KV head of the whole row. "host GB": checkpoints, each in pinned memory that PyTorch
-rounds up to a power of two. "untiled logits": what the loss would take without tiles.
+transport, for all_gather those of one KV head of the whole row. "host GB": checkpoints, each in pinned memory that
+PyTorch rounds up to a power of two. "untiled logits": what the loss would take without tiles.
 
 ### H100, 128K tokens
 
