@@ -112,6 +112,7 @@ def shared_gloo_devices() -> Iterator[None]:
         yield
     finally:
         dist.distributed_c10d.ProcessGroupGloo = usual  # type: ignore[misc]
+        shared.clear()  # a device goes with the last of its groups
 
 
 def group_among(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
