@@ -75,6 +75,18 @@ def _threads_and_sums(rank: int, n: int) -> tuple[int, list[float]]:
     return threads, [x.item() for x in sums]
 
 
+def _threads_beside_another_backend(rank: int, n: int) -> int:
+    """As in a job on GPUs, whose default group is NCCL's: the first group over gloo brings what the others share."""
+    before = _gloo_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda *group: "nccl")
+        with process_groups.shared_gloo_devices():
+            groups = [dist.new_group(backend="gloo") for _ in range(3)]
+    for group in groups:
+        dist.barrier(group)
+    return _gloo_threads() - before
+
+
 def _wait_for_rank_0(rank: int, n: int) -> str:
     """Wait in the group for starts for longer than a collective may take otherwise (2.5 s)."""
     mesh = init_topology(ParallelConfig(cp=2), device=CPU, timeout_s=4.0, start_timeout_s=30.0)
@@ -84,6 +96,7 @@ def _wait_for_rank_0(rank: int, n: int) -> str:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux")
 def test_all_groups_of_a_rank_share_one_thread_of_gloo_and_keep_orders_and_timeouts_of_their_own() -> None:
     assert run_ranks(_threads_and_sums, 2) == [(0, [1.0, 21.0])] * 2
+    assert run_ranks(_threads_beside_another_backend, 2) == [1, 1]
 
 
 def test_ranks_wait_for_an_index_beyond_the_limit_of_a_step() -> None:
