@@ -139,8 +139,8 @@ class EngineConfig:
     """Activation recompute; full = every layer's forward runs again in the backward pass, with the same routing, and
     its MLP by tiles of tokens."""
     offload: Literal["none", "host"] = "none"
-    """host = what recompute keeps of a layer waits in host memory (GPU only, with recompute = "full"). There each layer's
-    hidden states take a power of two of bytes, as PyTorch allocates pinned memory; `plan` counts it as "parked"."""
+    """host = what recompute keeps of a layer waits in host memory (GPU only, with recompute = "full"). There each
+    layer's hidden states take a power of two of bytes, as PyTorch pins memory; `plan` counts it as "parked"."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data- and context-parallel ranks."""
     timeout_s: float = 600.0
