@@ -35,6 +35,20 @@ def dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def add_dot(acc, a, b):  # type: ignore[no-untyped-def]
+    """acc + a @ b in fp32. A product of fp32 is rounded by itself before it is added.
+
+    The compiler would make one chain of additions of acc and all products, whose rounding errors grow with the number
+    of keys or queries; a product of narrower operands has larger errors of its own, and goes to a tensor core's adder.
+    """
+    if a.dtype == tl.float32:
+        acc -= dot(-a, b)  # a sum would be taken for an accumulator, a difference is not
+    else:
+        acc += dot(a, b)
+    return acc
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """fp32 in a narrower dtype, rounded to nearest even; by hand under the interpreter, which truncates bf16."""
     if _INTERPRETED and dtype == tl.bfloat16:

@@ -30,6 +30,7 @@ from .triton_geometry import DeviceGeometry, device_geometry
 from .triton_keys import key_gradients
 from .triton_lists import MAX_COUNTS, PickLists, build_lists
 from .triton_picks import run_picks_dq, run_picks_forward
+from .triton_rows import narrow_rows
 
 SCRATCH_BYTES = 512 << 20
 # Query ranges begin at multiples of it.
@@ -105,6 +106,14 @@ def _picks_outside_segments(call: AttendCall) -> bool:
     return call.routing is not None and call.segments.any_picks and call.routing.stored.numel() > 0
 
 
+def _geometry(call: AttendCall, device: torch.device) -> DeviceGeometry:
+    """That of a whole row is kept on its pack: all layers and their backward passes take the same."""
+    if call.q_positions is not None or call.k_positions is not None:
+        return device_geometry(call, device)
+    picked = None if call.routing is None else (call.routing.spec, call.routing.complete)
+    return call.pack.derived(("attend geometry", picked, device), lambda: device_geometry(call, device))
+
+
 def _units(call: AttendCall, num_kv_heads: int, accumulator_bytes: int, geometry: DeviceGeometry) -> list[Unit]:
     """accumulator_bytes: of one query and KV head."""
     num_queries = geometry.visible_T.numel()
@@ -148,7 +157,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
     lse = q.new_empty((num_queries, num_heads), dtype=torch.float32)
     if not num_queries:
         return Partial(out, lse)
-    geometry = device_geometry(call, q.device)
+    geometry = _geometry(call, q.device)
     causal_tile, pick_tile = _tiles(("causal forward", "picks forward"), q, k, v, call, geometry)
     picks, exact = _picks_outside_segments(call), out.dtype == torch.float32
     target = target_of(q.device)
@@ -167,7 +176,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
                 )
             ]  # fmt: skip
         if running is not result:
-            result.copy_(running)
+            narrow_rows(running, 1.0, result)
         if tally is not None:
             for attended, scored in counts:
                 tally.add(attended, scored)
@@ -196,7 +205,7 @@ def attend_partial_backward(
     num_queries, num_kv_heads = q.shape[0], k.shape[1]
     if not num_queries:
         return dq, dk.zero_(), dv.zero_()
-    geometry = device_geometry(call, q.device)
+    geometry = _geometry(call, q.device)
     tiles = _tiles(("causal dq", "picks dq"), q, k, v, call, geometry)
     picks = _picks_outside_segments(call)
     row_bytes = 0 if dq.dtype == torch.float32 else 4 * q.shape[2] * q.shape[1] // num_kv_heads
@@ -248,4 +257,7 @@ def _query_gradients(
     run_picks_dq(
         queries, keys, values, douts, running, log_sum, deltas, lists, geometry.key_edges_C, tiles[1], target, scale
     )
-    torch.mul(running, scale, out=result)
+    if exact:
+        result.mul_(scale)
+    else:
+        narrow_rows(running, scale, result)

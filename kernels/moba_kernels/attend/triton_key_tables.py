@@ -62,8 +62,9 @@ class KeyItems:
     """How the tiles of all KV heads are cut into items."""
 
     items: Tensor
-    """int32 [programs, 4]: (kv * tiles + tile or -1 = no item, first unit, one past the last, slot of its piece or -1).
-    """
+    """int32 [programs, 3]: (kv * tiles + tile or -1 = no item, first unit, one past the last)."""
+    results: Tensor
+    """int32 [programs, 2], of the same items: (kv * tiles + tile, slot of its piece or -1 = the tile has one item)."""
     sums: Tensor
     """int32 [split tiles, 3]: (kv * tiles + tile or -1 = none, first slot, one past the last)."""
 
@@ -94,10 +95,11 @@ def key_items(
     part = torch.arange(owner.numel(), device=owner.device) - (stop_X[owner] - items_X[owner])
     slot = torch.where(split_X[owner], slot_stop_X[owner] - items_X[owner] + part, -1)
     unit_stop = torch.minimum((part + 1) * size, units_X[owner])
-    items = torch.stack((torch.where(none, -1, owner), part * size, unit_stop, slot), 1).int()
+    items = torch.stack((torch.where(none, -1, owner), part * size, unit_stop), 1).int()
+    results = torch.stack((owner, slot), 1).int()
     owner, none = _owners(split_X.cumsum(0), num_pieces // 2)
     sums = torch.stack((torch.where(none, -1, owner), slot_stop_X[owner] - items_X[owner], slot_stop_X[owner]), 1)
-    return KeyItems(items, sums.int())
+    return KeyItems(items, results, sums.int())
 
 
 def _owners(stop_X: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -30,12 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_math import LOG2_E, TRITON_TYPE, Variant, dot, narrow, target_of
+from ..triton_math import LOG2_E, TRITON_TYPE, Variant, add_dot, dot, narrow, target_of
 from .call import AttendCall
 from .triton_config import groups_of_variants, padded
 from .triton_geometry import DeviceGeometry
 from .triton_key_tables import key_items, key_tiles, longest_segment
 from .triton_lists import PickLists
+from .triton_rows import sums_by_head
 
 # Units an item holds at least: below it, the fp32 piece that a split costs is no longer small beside the work.
 MIN_UNITS = 32
@@ -59,7 +60,7 @@ def _load_rows(base, row_M, num_rows, stride_t, stride_h, GROUP: tl.constexpr, D
 
 @triton.jit
 def _add_unit(  # type: ignore[no-untyped-def]
-    dk_ND, dv_NE, k_ND, v_NE, row_M, visible_M, key_N, q, dout, lse, delta, scale_log2, num_rows,
+    dk_ND, dv_NE, k_ND, v_NE, row_M, visible_M, key_N, q, dout, row_sums, scale_log2, num_rows,
     stride_qt, stride_qh, stride_ot, stride_oh,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -70,13 +71,13 @@ def _add_unit(  # type: ignore[no-untyped-def]
     q_MD = _load_rows(q, row_M, num_rows, stride_qt, stride_qh, GROUP, DIM, k_ND.shape[1])
     dout_ME = _load_rows(dout, row_M, num_rows, stride_ot, stride_oh, GROUP, VALUE_DIM, v_NE.shape[1])
     s_NM = dot(k_ND, tl.trans(q_MD)) * scale_log2
-    p_NM = tl.exp2(s_NM - tl.load(lse + row_M)[None, :])
+    p_NM = tl.exp2(s_NM - tl.load(row_sums + row_M * 2)[None, :])
     if MASKED:
         p_NM = tl.where(key_N[:, None] < visible_M[None, :], p_NM, 0.0)
-    dv_NE += dot(narrow(p_NM, q_MD.dtype), dout_ME)
+    dv_NE = add_dot(dv_NE, narrow(p_NM, q_MD.dtype), dout_ME)
     dp_NM = dot(v_NE, tl.trans(dout_ME))
-    ds_NM = p_NM * (dp_NM - tl.load(delta + row_M)[None, :])
-    dk_ND += dot(narrow(ds_NM, q_MD.dtype), q_MD)
+    ds_NM = p_NM * (dp_NM - tl.load(row_sums + row_M * 2 + 1)[None, :])
+    dk_ND = add_dot(dk_ND, narrow(ds_NM, q_MD.dtype), q_MD)
     return dk_ND, dv_NE
 
 
@@ -118,7 +119,7 @@ _COUNTS = ("num_rows", "kv_first", "num_tiles", "num_chunks", "num_slots")
 
 @triton.jit(do_not_specialize=_COUNTS)
 def key_gradients_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, dout, lse, delta, dk, dv, pieces, visible, tiles, items, entries, list_edges,
+    q, k, v, dout, row_sums, dk, dv, pieces, visible, tiles, items, results, entries, list_edges,
     scale, scale_log2, num_rows, kv_first, num_tiles, num_chunks, num_slots,
     stride_qt, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_ot, stride_oh,
     stride_dks, stride_dkh, stride_dvs, stride_dvh,
@@ -126,18 +127,18 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One item: units first_unit .. stop_unit - 1 of a tile (tables: triton_key_tables.py)."""
-    item = items + tl.program_id(0) * 4
+    item = items + tl.program_id(0) * 3
     owner = tl.load(item)
     if owner < 0:
         return
-    first_unit, stop_unit, slot = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    first_unit, stop_unit = tl.load(item + 1), tl.load(item + 2)
     kv = owner // num_tiles
     tile = tiles + (owner % num_tiles) * 6
     key_first, key_stop = tl.load(tile), tl.load(tile + 1)
     diagonal, whole, rows_stop = tl.load(tile + 2) * GROUP, tl.load(tile + 3) * GROUP, tl.load(tile + 4) * GROUP
     kv_at = (kv_first + kv).to(tl.int64)
     q, dout = q + kv_at * GROUP * stride_qh, dout + kv_at * GROUP * stride_oh
-    lse, delta = lse + kv.to(tl.int64) * (num_rows + 1), delta + kv.to(tl.int64) * (num_rows + 1)
+    row_sums += kv.to(tl.int64) * (num_rows + 1) * 2
     key_N = key_first + tl.arange(0, BLOCK_N)
     k_ND = _load_rows(k + kv_at * stride_kh, key_N, key_stop, stride_ks, 0, 1, DIM, BLOCK_D)
     v_NE = _load_rows(v + kv_at * stride_vh, key_N, key_stop, stride_vs, 0, 1, VALUE_DIM, BLOCK_E)
@@ -147,7 +148,7 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
         row_M = _rows_of_unit(unit, diagonal, whole, entries, num_rows, 0, BLOCK_M)
         visible_M = tl.load(visible + row_M // GROUP, mask=row_M < num_rows, other=0)
         dk_ND, dv_NE = _add_unit(
-            dk_ND, dv_NE, k_ND, v_NE, row_M, visible_M, key_N, q, dout, lse, delta, scale_log2, num_rows,
+            dk_ND, dv_NE, k_ND, v_NE, row_M, visible_M, key_N, q, dout, row_sums, scale_log2, num_rows,
             stride_qt, stride_qh, stride_ot, stride_oh, GROUP, DIM, VALUE_DIM, True,
         )  # fmt: skip
     if ROWS_OF_ENTRY > 0:
@@ -163,7 +164,7 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
     for unit in range(first_unit + AHEAD, stop_unit - diagonal_units + AHEAD):
         last_M = _rows_of_unit(unit, whole, rows_stop, entries, num_rows, ROWS_OF_ENTRY, BLOCK_M)
         dk_ND, dv_NE = _add_unit(
-            dk_ND, dv_NE, k_ND, v_NE, row_M, row_M, key_N, q, dout, lse, delta, scale_log2, num_rows,
+            dk_ND, dv_NE, k_ND, v_NE, row_M, row_M, key_N, q, dout, row_sums, scale_log2, num_rows,
             stride_qt, stride_qh, stride_ot, stride_oh, GROUP, DIM, VALUE_DIM, False,
         )  # fmt: skip
         if AHEAD == 2:
@@ -173,6 +174,13 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
         else:
             row_M = last_M
     dk_ND *= scale
+    # Asked for again: kept through the loops they would take registers that products need. (So would the address of
+    # the item: results are a table of their own.)
+    result = results + tl.program_id(0) * 2
+    owner, slot = tl.load(result), tl.load(result + 1)
+    tile = tiles + (owner % num_tiles) * 6
+    key_N, key_stop = tl.load(tile, volatile=True) + tl.arange(0, BLOCK_N), tl.load(tile + 1, volatile=True)
+    kv_at = (kv_first + owner // num_tiles).to(tl.int64)
     if slot < 0:
         _store_tile(dk + kv_at * stride_dkh, dk_ND, key_N, key_stop, stride_dks, DIM)
         _store_tile(dv + kv_at * stride_dvh, dv_NE, key_N, key_stop, stride_dvs, VALUE_DIM)
@@ -216,7 +224,9 @@ class KeyBlocks(NamedTuple):
     num_stages: int
 
 
-def key_blocks(head_dim: int, value_dim: int, dtype: torch.dtype, target: int, keys: int, *, picks: bool) -> KeyBlocks:
+def key_blocks(
+    head_dim: int, value_dim: int, dtype: torch.dtype, target: int, keys: int, group: int, *, picks: bool
+) -> KeyBlocks:
     """The tile for runs of about `keys` keys (a chunk, a document): shapes that compile without spills (`make aot`).
 
     fp32 runs on the FMA units, whose code grows with the tile and with every stage of a pipeline.
@@ -235,8 +245,9 @@ def key_blocks(head_dim: int, value_dim: int, dtype: torch.dtype, target: int, k
     if block_n == 32 and (dim == 128 or (dim == 32 and target != 80)):
         return KeyBlocks(32, 32, 4, 3)
     masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
-    if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
-        return KeyBlocks(32, 128, 8, 4)
+    if dim == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
+        # Of small tiles two programs share a multiprocessor: one multiplies while the other waits.
+        return KeyBlocks(64, 64, 4, 2) if group > 1 and not masked else KeyBlocks(32, 128, 8, 4)
     large = block_n == 128 or (block_n == 64 and (dim == 128 or (dim == 64 and target == 100)))
     return KeyBlocks(64, block_n, 8 if large else 4, 3)
 
@@ -245,14 +256,6 @@ def _units_ahead(blocks: KeyBlocks, head_dim: int, dtype: torch.dtype, target: i
     """How many units before their use row ids are asked for: two of a list, where that does not take the last
     registers."""
     return 2 if picks and target == 90 and blocks.block_n != 64 and head_dim <= 128 and dtype != torch.float32 else 1
-
-
-def _rows_first(x_TH: Tensor, num_kv_heads: int, spare: float) -> Tensor:
-    """[T, heads] -> fp32 [KV heads, T * group + 1]: a KV head's rows stand together, then the spare row."""
-    num_queries, num_heads = x_TH.shape
-    rows = x_TH.new_full((num_kv_heads, num_queries * num_heads // num_kv_heads + 1), spare, dtype=torch.float32)
-    rows[:, :-1].view(num_kv_heads, num_queries, -1).copy_(x_TH.view(num_queries, num_kv_heads, -1).transpose(0, 1))
-    return rows
 
 
 def key_gradients(
@@ -289,11 +292,9 @@ def key_gradients(
     if not num_queries:
         dk[:, kv_first:kv_stop], dv[:, kv_first:kv_stop] = 0, 0
         return
-    dout, mine = dout.to(q.dtype), slice(kv_first * group, kv_stop * group)
-    base_2 = torch.where(lse[:, mine] == -torch.inf, torch.inf, lse[:, mine] * LOG2_E.value)
-    lse_KR, delta_KR = _rows_first(base_2, heads, torch.inf), _rows_first(delta[:, mine], heads, 0.0)
+    dout, row_sums = dout.to(q.dtype), sums_by_head(lse, delta, kv_first * group, heads * group, heads)
     usual = longest_segment(call) if lists is None or call.routing is None else call.routing.spec.chunk_size
-    blocks = key_blocks(q.shape[2], v.shape[2], q.dtype, target_of(q.device), usual, picks=lists is not None)
+    blocks = key_blocks(q.shape[2], v.shape[2], q.dtype, target_of(q.device), usual, group, picks=lists is not None)
     dims = _dims(q.shape[2], v.shape[2], blocks)
     ahead = _units_ahead(blocks, q.shape[2], q.dtype, target_of(q.device), picks=lists is not None)
     width = dims["BLOCK_D"] + dims["BLOCK_E"]
@@ -303,7 +304,7 @@ def key_gradients(
     table = key_items(tiles, lists, heads, group, blocks.block_m, num_pieces, MIN_UNITS)
     pieces = q.new_empty((num_pieces, blocks.block_n, width), dtype=torch.float32)
     key_gradients_kernel[(table.items.shape[0],)](
-        q, k, v, dout, lse_KR, delta_KR, dk, dv, pieces, geometry.visible_T, tiles, table.items,
+        q, k, v, dout, row_sums, dk, dv, pieces, geometry.visible_T, tiles, table.items, table.results,
         tiles if lists is None else lists.entries_E, tiles if lists is None else lists.edges,
         call.scale, call.scale * LOG2_E.value, num_queries * group, kv_first, tiles.shape[0],
         geometry.num_chunks, 1 if lists is None else lists.num_slots,
@@ -351,13 +352,14 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
     """The compiled forms that launches use on `target`. Results of another dtype than the inputs' (the fp32 of
     partials) only change the last store: one form stands for them."""
     for (head_dim, value_dim), dtype in product(head_dims, dtypes):
-        shapes = {
-            picks: list(dict.fromkeys(
-                key_blocks(head_dim, value_dim, dtype, target, keys, picks=picks) for keys in (1 << 20, 64, 32)
-            ))
-            for picks in (True, False)
-        }  # fmt: skip
         for group in groups_of_variants(head_dim, value_dim, dtype):
+            shapes = {
+                picks: list(dict.fromkeys(
+                    key_blocks(head_dim, value_dim, dtype, target, keys, group, picks=picks)
+                    for keys in (1 << 20, 64, 32)
+                ))
+                for picks in (True, False)
+            }  # fmt: skip
             forms = [(blocks, rows, dtype) for rows in dict.fromkeys((1, group, 0)) for blocks in shapes[rows > 0]]
             forms += [(shapes[True][0], 1, torch.float32)] if dtype != torch.float32 else []
             for blocks, rows_of_entry, result in forms:
@@ -384,7 +386,7 @@ def _variant(
 ) -> Variant:
     element = {"dk": TRITON_TYPE[result], "dv": TRITON_TYPE[result], "list_edges": "i64"}
     element |= dict.fromkeys(("q", "k", "v", "dout"), TRITON_TYPE[dtype])
-    element |= dict.fromkeys(("lse", "delta", "pieces"), "fp32")
+    element |= dict.fromkeys(("row_sums", "pieces"), "fp32")
     types = {}
     for argument in kernel.arg_names:
         if argument.startswith("scale"):

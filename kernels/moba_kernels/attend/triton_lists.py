@@ -25,7 +25,7 @@ from .triton_geometry import DeviceGeometry
 MAX_COUNTS = 1 << 23
 # Pairs that one program places at least, and at a time: each step waits for the one before it.
 MIN_PART_PAIRS = 1024
-STEP_PAIRS = 64
+STEP_PAIRS = 32
 # A thread compares one pair with all of its step: more threads than pairs would do the same again.
 PLACING_WARPS = STEP_PAIRS // 32
 COUNTED_PAIRS = 1024

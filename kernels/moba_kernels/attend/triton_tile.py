@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_math import LN_2, LOG2_E, dot, narrow
+from ..triton_math import LN_2, LOG2_E, add_dot, dot, narrow
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _softmax_block(  # type: ignore[no-untyped-def]
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
-    acc += dot(narrow(p, q.dtype), load_keys(values, start, stop, N, V, VP, MASKED))
+    acc = add_dot(acc, narrow(p, q.dtype), load_keys(values, start, stop, N, V, VP, MASKED))
     return acc, new_top, total
 
 
@@ -135,8 +135,7 @@ def _gradient_block(  # type: ignore[no-untyped-def]
         p = tl.where((start + tl.arange(0, N))[None, :] < seen_M[:, None], p, 0.0)
     dp = dot(dout, tl.trans(load_keys(values, start, stop, N, V, VP, MASKED)))
     ds = p * (dp - delta_M[:, None])
-    acc += dot(narrow(ds, q.dtype), k)
-    return acc
+    return add_dot(acc, narrow(ds, q.dtype), k)
 
 
 @triton.jit

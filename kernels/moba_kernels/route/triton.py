@@ -120,7 +120,9 @@ def tile_of(dim: int, terms: int, target: int) -> Tile:
     if target == 80:
         return Tile(64, 32 if padded == 32 else 64, padded, 4, 2)
     # Two programs fit a multiprocessor, so that one merges while the other multiplies; few rows would read more means.
-    return Tile(128, 32, padded, 8, 2) if terms == 1 else Tile(64, 64, padded, 4, 2)
+    if terms > 1:
+        return Tile(64, 64, padded, 4, 2)
+    return Tile(256 if target == 90 else 128, 32, padded, 8, 2)
 
 
 def terms_of(dtype: torch.dtype, summed: bool) -> int:

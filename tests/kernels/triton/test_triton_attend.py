@@ -268,15 +268,16 @@ def test_lse_and_delta_in_fp64_are_taken_as_fp32():
         assert torch.equal(got, want)
 
 
-def test_kv_heads_one_at_a_time_share_the_tables_that_none_of_them_changes(monkeypatch):
+def test_kv_heads_one_at_a_time_and_layers_share_the_tables_that_none_of_them_changes(monkeypatch):
     pack, spec, made = Pack([0, 50, 260]), MoBA(32, 3), []
     monkeypatch.setattr(backend, "SORT_BYTES", 0)
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 100_000)  # as in the test above
     for module, name in ((triton_causal, "tile_table"), (triton_keys, "key_tiles")):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, make=make: made.append(name) or make(*a))
-    run(*make_qkv([0, 50, 260], dim=32, dtype=BF16), spec, pack, routing_of(spec, pack, 4, 2))
-    assert sorted(made) == ["key_tiles", "tile_table", "tile_table"]  # a forward and a backward
+    layers = [run(*make_qkv([0, 50, 260], dim=32, dtype=BF16), spec, pack, routing_of(spec, pack, 4, 2)) for _ in "ab"]
+    assert sorted(made) == ["key_tiles", "tile_table"]  # for forward and backward of both layers: tiles are as high
+    assert torch.equal(layers[0][0].out, layers[1][0].out)
 
 
 def test_units_cover_every_query_and_head_once_and_fit():

@@ -134,7 +134,7 @@ def test_a_tile_with_much_work_is_cut_into_pieces_that_add_up(spec, monkeypatch)
     heads = 2 if isinstance(spec, MoBA) and spec.select == "group" else 4
     routing = hot_routing(spec, [0, 128], heads) if isinstance(spec, MoBA) else None
     check([0, 128], spec, routing=routing)
-    assert int((counted[0].items[:, 3] >= 0).sum()) >= 4, "nothing was split"
+    assert int((counted[0].results[:, 1] >= 0).sum()) >= 4, "nothing was split"
     assert int((counted[0].items[:, 0] < 0).sum()) > 0
 
 
@@ -147,7 +147,10 @@ def test_pieces_stay_within_their_bound_and_hold_every_unit_once():
         tiles = key_tiles(call, geometry, 32, cu[-1])
         for num_pieces in (0, 1, 2, 7, 64, 1000):
             table = key_items(tiles, lists, heads, group, block_m, num_pieces, 2)
-            owner, first, stop, slot = table.items[table.items[:, 0] >= 0].long().unbind(1)
+            there = table.items[:, 0] >= 0
+            owner, first, stop = table.items[there].long().unbind(1)
+            same, slot = table.results[there].long().unbind(1)
+            assert torch.equal(same, owner)
             slots = slot[slot >= 0].tolist()
             assert sorted(slots) == list(range(len(slots))) and len(slots) <= num_pieces
             covered = {}
