@@ -31,6 +31,7 @@ MODULES = (
     "moba_kernels.attend.triton_picks",
     "moba_kernels.attend.triton_lists",
     "moba_kernels.attend.triton_keys",
+    "moba_kernels.attend.triton_key_tables",
     "moba_kernels.attend.triton_rows",
     "moba_kernels.pool.triton",
     "moba_kernels.route.triton",

@@ -9,14 +9,22 @@ Shape letters: T queries at hand, S keys at hand, K key/value heads at work, G c
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ..triton_math import Variant
 from .call import AttendCall
 from .triton_geometry import DeviceGeometry
 from .triton_lists import PickLists
+
+# Tiles that the one counting program takes at a time; rows of the tables that a program fills.
+COUNTED_TILES, COUNTING_WARPS = 2048, 8
+FILLED_ITEMS, FILLING_WARPS = 256, 2
 
 
 def longest_segment(call: AttendCall) -> int:
@@ -64,9 +72,114 @@ class KeyItems:
     items: Tensor
     """int32 [programs, 3]: (kv * tiles + tile or -1 = no item, first unit, one past the last)."""
     results: Tensor
-    """int32 [programs, 2], of the same items: (kv * tiles + tile, slot of its piece or -1 = the tile has one item)."""
+    """int32 [programs, 2], of the same items: (kv * tiles + tile or -1, slot of its piece or -1 = all of its tile)."""
     sums: Tensor
     """int32 [split tiles, 3]: (kv * tiles + tile or -1 = none, first slot, one past the last)."""
+
+
+@triton.jit
+def _units_of_tile(  # type: ignore[no-untyped-def]
+    x, inside, tiles, edges, num_tiles, num_chunks, num_slots, group, expand, block_m, LISTS: tl.constexpr
+):
+    """Units of tile x (kv * tiles + tile); -1 = there is no such tile."""
+    kv, tile = x // num_tiles, tiles + x % num_tiles * 6
+    first, stop = tl.load(tile, mask=inside, other=0), tl.load(tile + 1, mask=inside, other=0)
+    diagonal, whole = tl.load(tile + 2, mask=inside, other=0), tl.load(tile + 3, mask=inside, other=0)
+    rows_stop = tl.load(tile + 4, mask=inside, other=0)
+    units = tl.cdiv((whole - diagonal) * group, block_m) + tl.cdiv((rows_stop - whole) * group, block_m)
+    if LISTS:
+        chunk = tl.load(tile + 5, mask=inside, other=0)
+        edge = edges + (kv * num_chunks + chunk).to(tl.int64) * num_slots
+        rows = tl.load(edge + num_slots, mask=inside, other=0) - tl.load(edge, mask=inside, other=0)
+        units += tl.cdiv(rows.to(tl.int32) * expand, block_m)
+    return tl.where(inside & (stop > first), units, -1)
+
+
+_COUNTS = [
+    "num_tiles", "num_heads", "num_chunks", "num_slots", "group", "expand", "block_m", "num_pieces", "min_units",
+]  # fmt: skip
+_FILLS = ["num_owners", "num_items", "num_sums", "steps"]
+
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_COUNTS)
+def _count_items(  # type: ignore[no-untyped-def]
+    tiles, edges, units, stops, num_tiles, num_heads, num_chunks, num_slots, group, expand, block_m, num_pieces,
+    min_units, LISTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """units[X] = W. stops[0 .. 2, x]: items, split tiles and pieces of split tiles, of tiles 0 .. x. One program."""
+    num_owners = num_tiles * num_heads
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((), tl.int64)
+    for start in range(0, num_owners, BLOCK):
+        x = start + lane
+        inside = x < num_owners
+        many = _units_of_tile(x, inside, tiles, edges, num_tiles, num_chunks, num_slots, group, expand, block_m, LISTS)
+        tl.store(units + x, many, mask=inside)
+        total += tl.sum(tl.maximum(many, 0).to(tl.int64), 0)
+    # A tile with u > W units has at most 2 u / W items, so all split tiles together have at most num_pieces.
+    width = tl.maximum(tl.cdiv(2 * total, tl.maximum(num_pieces, 1)), min_units)
+    width = tl.minimum(width, 0x7FFFFFFF).to(tl.int32)
+    tl.store(units + num_owners, width)
+    items, splits, pieces = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for start in range(0, num_owners, BLOCK):
+        x = start + lane
+        inside = x < num_owners
+        many = tl.load(units + x, mask=inside, other=-1)  # each thread reads what it wrote itself
+        items_X = tl.where(many < 0, 0, tl.maximum((many.to(tl.int64) + width - 1) // width, 1).to(tl.int32))
+        splits_X = (items_X > 1).to(tl.int32)
+        pieces_X = items_X * splits_X
+        tl.store(stops + x, items + tl.cumsum(items_X, 0), mask=inside)
+        tl.store(stops + num_owners + x, splits + tl.cumsum(splits_X, 0), mask=inside)
+        tl.store(stops + 2 * num_owners + x, pieces + tl.cumsum(pieces_X, 0), mask=inside)
+        items += tl.sum(items_X, 0)
+        splits += tl.sum(splits_X, 0)
+        pieces += tl.sum(pieces_X, 0)
+
+
+@triton.jit
+def _owner_of(stops, thing, num_owners, steps):  # type: ignore[no-untyped-def]
+    """The x with stops[x - 1] <= thing < stops[x]; num_owners = there is none. By halving, 2 ** steps > num_owners."""
+    low = tl.zeros_like(thing)
+    high = low + num_owners
+    for _ in range(steps):
+        open_ = low < high
+        middle = (low + high) // 2
+        beyond = tl.load(stops + middle, mask=open_, other=0) > thing
+        high = tl.where(open_ & beyond, middle, high)
+        low = tl.where(open_ & (beyond == 0), middle + 1, low)
+    return low
+
+
+@triton.jit(do_not_specialize=_FILLS, do_not_specialize_on_alignment=_FILLS)
+def _fill_items(  # type: ignore[no-untyped-def]
+    units, stops, items, results, sums, num_owners, num_items, num_sums, steps, BLOCK: tl.constexpr
+):
+    """BLOCK rows of each of the three tables of KeyItems."""
+    thing = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    piece_stops = stops + 2 * num_owners
+    width = tl.load(units + num_owners).to(tl.int64)
+    inside = thing < num_items
+    owner = _owner_of(stops, thing, num_owners, steps)
+    there = inside & (owner < num_owners)
+    stop = tl.load(stops + owner, mask=there, other=0)
+    count = stop - tl.load(stops + owner - 1, mask=there & (owner > 0), other=0)
+    part = (thing - (stop - count)).to(tl.int64)
+    unit_stop = tl.minimum((part + 1) * width, tl.load(units + owner, mask=there, other=0))
+    slot = tl.load(piece_stops + owner, mask=there, other=0) - count + part
+    tl.store(items + thing * 3, tl.where(there, owner, -1), mask=inside)
+    tl.store(items + thing * 3 + 1, (part * width).to(tl.int32), mask=inside)
+    tl.store(items + thing * 3 + 2, unit_stop.to(tl.int32), mask=inside)
+    tl.store(results + thing * 2, tl.where(there, owner, -1), mask=inside)
+    tl.store(results + thing * 2 + 1, tl.where(count > 1, slot, -1).to(tl.int32), mask=inside)
+    inside = thing < num_sums
+    owner = _owner_of(stops + num_owners, thing, num_owners, steps)
+    there = inside & (owner < num_owners)
+    count = tl.load(stops + owner, mask=there, other=0)
+    count -= tl.load(stops + owner - 1, mask=there & (owner > 0), other=0)
+    stop = tl.load(piece_stops + owner, mask=there, other=0)
+    tl.store(sums + thing * 3, tl.where(there, owner, -1), mask=inside)
+    tl.store(sums + thing * 3 + 1, stop - count, mask=inside)
+    tl.store(sums + thing * 3 + 2, stop, mask=inside)
 
 
 def key_items(
@@ -76,37 +189,37 @@ def key_items(
 
     W is min_units, or more where split tiles would have over num_pieces pieces together. KV heads: those of `lists`.
     """
-    first, stop, diagonal, whole, rows_stop, chunk = tiles.long().unbind(1)
-    real_X = (stop > first).repeat(num_kv_heads)
-    causal_X = _ceil((whole - diagonal) * group, block_m) + _ceil((rows_stop - whole) * group, block_m)
-    units_KX = causal_X.expand(num_kv_heads, -1)
-    if lists is not None:
-        edges_KC = lists.edges[:: lists.num_slots]
-        list_id = chunk + lists.num_chunks * torch.arange(num_kv_heads, device=tiles.device)[:, None]
-        rows_KX = (edges_KC[list_id + 1] - edges_KC[list_id]) * (group // lists.rows_per_query)
-        units_KX = units_KX + _ceil(rows_KX, block_m)
-    units_X = torch.where(real_X, units_KX.flatten(), 0)
-    # A tile with u > W units has at most 2 u / W items, so all split tiles together have at most num_pieces.
-    size = _ceil(2 * units_X.sum(), max(1, num_pieces)).clamp_min(min_units)
-    items_X = torch.where(real_X, ((units_X + size - 1) // size).clamp_min(1), 0)
-    split_X = items_X > 1
-    stop_X, slot_stop_X = items_X.cumsum(0), torch.where(split_X, items_X, 0).cumsum(0)
-    owner, none = _owners(stop_X, items_X.numel() + num_pieces)
-    part = torch.arange(owner.numel(), device=owner.device) - (stop_X[owner] - items_X[owner])
-    slot = torch.where(split_X[owner], slot_stop_X[owner] - items_X[owner] + part, -1)
-    unit_stop = torch.minimum((part + 1) * size, units_X[owner])
-    items = torch.stack((torch.where(none, -1, owner), part * size, unit_stop), 1).int()
-    results = torch.stack((owner, slot), 1).int()
-    owner, none = _owners(split_X.cumsum(0), num_pieces // 2)
-    sums = torch.stack((torch.where(none, -1, owner), slot_stop_X[owner] - items_X[owner], slot_stop_X[owner]), 1)
-    return KeyItems(items, results, sums.int())
+    num_owners = num_kv_heads * tiles.shape[0]
+    num_items, num_sums = num_owners + num_pieces, num_pieces // 2
+    units, stops = tiles.new_empty(num_owners + 1), tiles.new_empty((3, num_owners))
+    _count_items[(1,)](
+        tiles, tiles if lists is None else lists.edges, units, stops, tiles.shape[0], num_kv_heads,
+        *((1, 1) if lists is None else (lists.num_chunks, lists.num_slots)),
+        group, 1 if lists is None else group // lists.rows_per_query, block_m, num_pieces, min_units,
+        LISTS=lists is not None, BLOCK=COUNTED_TILES, num_warps=COUNTING_WARPS, num_stages=1,
+    )  # fmt: skip
+    items, results, sums = (tiles.new_empty(size) for size in ((num_items, 3), (num_items, 2), (num_sums, 3)))
+    _fill_items[(triton.cdiv(num_items, FILLED_ITEMS),)](
+        units, stops, items, results, sums, num_owners, num_items, num_sums, num_owners.bit_length(),
+        BLOCK=FILLED_ITEMS, num_warps=FILLING_WARPS, num_stages=1,
+    )  # fmt: skip
+    return KeyItems(items, results, sums)
 
 
-def _owners(stop_X: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of things 0 .. count - 1: the x with stop_X[x - 1] <= thing < stop_X[x], and whether there is none."""
-    owner = torch.searchsorted(stop_X, torch.arange(count, device=stop_X.device), right=True)
-    return owner.clamp_max(stop_X.numel() - 1), owner == stop_X.numel()
-
-
-def _ceil(x: Tensor, divisor: int) -> Tensor:
-    return (x + (divisor - 1)) // divisor
+def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], target: int) -> Iterator[Variant]:
+    """The compiled forms that `key_items` launches: the same for all inputs and targets."""
+    head_dim, dtype = next(iter(head_dims))[0], next(iter(dtypes))
+    pointers = ("tiles", "edges", "units", "stops", "items", "results", "sums")
+    for lists in (True, False):
+        types = dict.fromkeys(_COUNTS, "i32") | dict.fromkeys(pointers[:4], "*i32")
+        types |= {"edges": "*i64"} if lists else {}
+        constants = {"LISTS": lists, "BLOCK": COUNTED_TILES}
+        yield Variant(
+            f"count items{' of lists' if lists else ''}", _count_items, types, constants, COUNTING_WARPS, 1, head_dim,
+            dtype, frozenset(pointers[:4]),
+        )  # fmt: skip
+    types = dict.fromkeys(_FILLS, "i32") | dict.fromkeys(pointers[2:], "*i32")
+    constants = {"BLOCK": FILLED_ITEMS}
+    yield Variant(
+        "fill items", _fill_items, types, constants, FILLING_WARPS, 1, head_dim, dtype, frozenset(pointers[2:])
+    )

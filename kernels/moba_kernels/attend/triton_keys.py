@@ -69,11 +69,15 @@ def _add_unit(  # type: ignore[no-untyped-def]
     The spare row num_rows has lse = +inf, and so has a row that sees no key: their weights are 0.
     """
     q_MD = _load_rows(q, row_M, num_rows, stride_qt, stride_qh, GROUP, DIM, k_ND.shape[1])
-    dout_ME = _load_rows(dout, row_M, num_rows, stride_ot, stride_oh, GROUP, VALUE_DIM, v_NE.shape[1])
+    # Where it is asked for decides whether the registers suffice (`make aot`).
+    if GROUP > 1:
+        dout_ME = _load_rows(dout, row_M, num_rows, stride_ot, stride_oh, GROUP, VALUE_DIM, v_NE.shape[1])
     s_NM = dot(k_ND, tl.trans(q_MD)) * scale_log2
     p_NM = tl.exp2(s_NM - tl.load(row_sums + row_M * 2)[None, :])
     if MASKED:
         p_NM = tl.where(key_N[:, None] < visible_M[None, :], p_NM, 0.0)
+    if GROUP == 1:
+        dout_ME = _load_rows(dout, row_M, num_rows, stride_ot, stride_oh, GROUP, VALUE_DIM, v_NE.shape[1])
     dv_NE = add_dot(dv_NE, narrow(p_NM, q_MD.dtype), dout_ME)
     dp_NM = dot(v_NE, tl.trans(dout_ME))
     ds_NM = p_NM * (dp_NM - tl.load(row_sums + row_M * 2 + 1)[None, :])
@@ -167,12 +171,12 @@ def key_gradients_kernel(  # type: ignore[no-untyped-def]
             dk_ND, dv_NE, k_ND, v_NE, row_M, row_M, key_N, q, dout, row_sums, scale_log2, num_rows,
             stride_qt, stride_qh, stride_ot, stride_oh, GROUP, DIM, VALUE_DIM, False,
         )  # fmt: skip
+        # The minimum changes nothing. Ids that are merely handed on would be waited for before the products.
         if AHEAD == 2:
-            # The minimum changes nothing. Ids that are merely handed on would be waited for before the products.
             row_M = tl.minimum(next_M, num_rows)
             next_M = last_M
         else:
-            row_M = last_M
+            row_M = tl.minimum(last_M, num_rows)
     dk_ND *= scale
     # Asked for again: kept through the loops they would take registers that products need. (So would the address of
     # the item: results are a table of their own.)
@@ -222,6 +226,9 @@ class KeyBlocks(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    ahead: int = 1
+    """How many units before their use the row ids of a list are asked for: two where that does not take the last
+    registers."""
 
 
 def key_blocks(
@@ -242,20 +249,25 @@ def key_blocks(
         return KeyBlocks(32, block_n, 8, 2)
     if target == 80 and dim <= 64 and block_n > 32:
         return KeyBlocks(32, block_n, block_n // 16, 3)
-    if block_n == 32 and (dim == 128 or (dim == 32 and target != 80)):
-        return KeyBlocks(32, 32, 4, 3)
     masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
-    if dim == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
-        # Of small tiles two programs share a multiprocessor: one multiplies while the other waits.
-        return KeyBlocks(64, 64, 4, 2) if group > 1 and not masked else KeyBlocks(32, 128, 8, 4)
+    if target == 90 and picks and not masked and dim in (64, 128) and block_n >= 64:
+        return _list_blocks(dim, block_n, group)
+    ahead = 2 if picks and target == 90 and block_n != 64 else 1
+    if block_n == 32 and (dim == 128 or (dim == 32 and target != 80)):
+        return KeyBlocks(32, 32, 4, 3, ahead)
+    if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
+        return KeyBlocks(32, 128, 8, 4, ahead)
     large = block_n == 128 or (block_n == 64 and (dim == 128 or (dim == 64 and target == 100)))
-    return KeyBlocks(64, block_n, 8 if large else 4, 3)
+    return KeyBlocks(64, block_n, 8 if large else 4, 3, ahead)
 
 
-def _units_ahead(blocks: KeyBlocks, head_dim: int, dtype: torch.dtype, target: int, *, picks: bool) -> int:
-    """How many units before their use row ids are asked for: two of a list, where that does not take the last
-    registers."""
-    return 2 if picks and target == 90 and blocks.block_n != 64 and head_dim <= 128 and dtype != torch.float32 else 1
+def _list_blocks(dim: int, block_n: int, group: int) -> KeyBlocks:
+    """Tiles for lists of 64 keys and more on sm_90, as timed on an H200."""
+    if dim == 64:
+        return KeyBlocks(64, 64, 4, 3)
+    if block_n == 128:
+        return KeyBlocks(64, 128, 8, 2)
+    return KeyBlocks(64, 64, 4, 2) if group > 1 else KeyBlocks(64, 64, 8, 3)
 
 
 def key_gradients(
@@ -296,7 +308,6 @@ def key_gradients(
     usual = longest_segment(call) if lists is None or call.routing is None else call.routing.spec.chunk_size
     blocks = key_blocks(q.shape[2], v.shape[2], q.dtype, target_of(q.device), usual, group, picks=lists is not None)
     dims = _dims(q.shape[2], v.shape[2], blocks)
-    ahead = _units_ahead(blocks, q.shape[2], q.dtype, target_of(q.device), picks=lists is not None)
     width = dims["BLOCK_D"] + dims["BLOCK_E"]
     tiles = geometry.derived(("key tiles", blocks.block_n), lambda: key_tiles(call, geometry, blocks.block_n, num_keys))
     most = _most_units(call, lists, heads * tiles.shape[0], num_queries, group, blocks, usual)
@@ -310,7 +321,7 @@ def key_gradients(
         geometry.num_chunks, 1 if lists is None else lists.num_slots,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
         GROUP=group, ROWS_OF_ENTRY=0 if lists is None else group // lists.rows_per_query,
-        BLOCK_M=blocks.block_m, AHEAD=ahead, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **dims,
+        BLOCK_M=blocks.block_m, AHEAD=blocks.ahead, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **dims,
     )  # fmt: skip
     if num_pieces:
         sum_pieces_kernel[(table.sums.shape[0], blocks.block_n // SUM_ROWS)](
@@ -363,9 +374,8 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
             forms = [(blocks, rows, dtype) for rows in dict.fromkeys((1, group, 0)) for blocks in shapes[rows > 0]]
             forms += [(shapes[True][0], 1, torch.float32)] if dtype != torch.float32 else []
             for blocks, rows_of_entry, result in forms:
-                ahead = _units_ahead(blocks, head_dim, dtype, target, picks=rows_of_entry > 0)
-                constants = {"GROUP": group, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m, "AHEAD": ahead}
-                constants |= _dims(head_dim, value_dim, blocks)
+                constants = {"GROUP": group, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m}
+                constants |= {"AHEAD": blocks.ahead} | _dims(head_dim, value_dim, blocks)
                 lists_of = {0: "full", 1: "head"}.get(rows_of_entry, "group")
                 what = f"{lists_of}, {group} heads a group"
                 shape = blocks.num_warps, blocks.num_stages
