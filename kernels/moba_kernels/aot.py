@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,8 +132,8 @@ def _product(
                     yield module, dims, dtype, target
 
 
-def compile_job(job: Job) -> Compiled:
-    """Compile one form and read what it takes."""
+def kernel_of(job: Job) -> Any:
+    """The compiled kernel of Triton of one form."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -147,7 +148,12 @@ def compile_job(job: Job) -> Compiled:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
     source = ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one form and read what it takes."""
+    compiled = kernel_of(job)
     registers, stack = _resources(compiled.asm["cubin"], compiled.metadata.name)
     ptx = compiled.asm["ptx"]
     return Compiled(

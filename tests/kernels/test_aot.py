@@ -29,6 +29,18 @@ def compiled():
     return compile_jobs(list(dict.fromkeys([*jobs, *usual])))
 
 
+@pytest.mark.parametrize("module", ["triton_causal", "triton_picks", "triton_keys"])
+def test_a_product_of_fp32_starts_at_zero_and_is_added_as_a_whole(module):
+    """Else a column would be one chain of additions, whose rounding grows with the number of keys or queries. (The
+    interpreter cannot tell: it multiplies by numpy.)"""
+    for job in jobs_of([(64, 64)], [FP32], [90], [f"moba_kernels.attend.{module}"], one_of_each=True):
+        text = aot.kernel_of(job).asm["ttir"]
+        starts = re.findall(r"tt\.dot %\S+, %\S+, (%\S+?),? ", text)
+        zeros = re.findall(r"(%\S+) = arith\.constant dense<0\.0+e\+00>", text)
+        assert set(starts) <= set(zeros), f"{job.label}: a product starts at {set(starts) - set(zeros)}"
+        assert starts or "sum_pieces" in job.label
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_no_form_of_the_usual_dims_breaks_a_limit_on_any_target():
