@@ -120,11 +120,12 @@ def _count_items(  # type: ignore[no-untyped-def]
     width = tl.maximum(tl.cdiv(2 * total, tl.maximum(num_pieces, 1)), min_units)
     width = tl.minimum(width, 0x7FFFFFFF).to(tl.int32)
     tl.store(units + num_owners, width)
+    tl.debug_barrier()  # other threads may read a tile's units than wrote them
     items, splits, pieces = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     for start in range(0, num_owners, BLOCK):
         x = start + lane
         inside = x < num_owners
-        many = tl.load(units + x, mask=inside, other=-1)  # each thread reads what it wrote itself
+        many = tl.load(units + x, mask=inside, other=-1)
         items_X = tl.where(many < 0, 0, tl.maximum((many.to(tl.int64) + width - 1) // width, 1).to(tl.int32))
         splits_X = (items_X > 1).to(tl.int32)
         pieces_X = items_X * splits_X

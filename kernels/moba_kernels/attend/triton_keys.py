@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -34,6 +34,7 @@ from ..triton_math import LOG2_E, TRITON_TYPE, Variant, add_dot, dot, narrow, ta
 from .call import AttendCall
 from .triton_config import groups_of_variants, padded
 from .triton_geometry import DeviceGeometry
+from .triton_key_blocks import KeyBlocks, key_blocks
 from .triton_key_tables import key_items, key_tiles, longest_segment
 from .triton_lists import PickLists
 from .triton_rows import sums_by_head
@@ -219,57 +220,6 @@ def sum_pieces_kernel(  # type: ignore[no-untyped-def]
     _store_tile(dv + kv_at * stride_dvh, dv_NE, key_N, key_stop, stride_dvs, VALUE_DIM)
 
 
-class KeyBlocks(NamedTuple):
-    """Tile shapes of one launch."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    ahead: int = 1
-    """How many units before their use the row ids of a list are asked for: two where that does not take the last
-    registers."""
-
-
-def key_blocks(
-    head_dim: int, value_dim: int, dtype: torch.dtype, target: int, keys: int, group: int, *, picks: bool
-) -> KeyBlocks:
-    """The tile for runs of about `keys` keys (a chunk, a document): shapes that compile without spills (`make aot`).
-
-    fp32 runs on the FMA units, whose code grows with the tile and with every stage of a pipeline.
-    """
-    dim = max(padded(head_dim), padded(value_dim))
-    if dtype == torch.float32:
-        return KeyBlocks(32, 32, 8, 1) if dim <= 128 else KeyBlocks(16, 16, 8, 1)
-    most = 64 if dim == 256 or (dim == 128 and target == 80) else 128
-    block_n = min(most, max(32, padded(keys)))
-    if block_n > 64 and -(-keys // 64) % 2:  # an odd number of halves: do not pad the last one
-        block_n = 64
-    if dim == 256:
-        return KeyBlocks(32, block_n, 8, 2)
-    if target == 80 and dim <= 64 and block_n > 32:
-        return KeyBlocks(32, block_n, block_n // 16, 3)
-    masked = (head_dim, value_dim) != (padded(head_dim), padded(value_dim))
-    if target == 90 and picks and not masked and dim in (64, 128) and block_n >= 64:
-        return _list_blocks(dim, block_n, group)
-    ahead = 2 if picks and target == 90 and block_n != 64 else 1
-    if block_n == 32 and (dim == 128 or (dim == 32 and target != 80)):
-        return KeyBlocks(32, 32, 4, 3, ahead)
-    if dim == 128 and block_n == 128 and target == 90 and (picks or masked):  # the rows of a list, masks take registers
-        return KeyBlocks(32, 128, 8, 4, ahead)
-    large = block_n == 128 or (block_n == 64 and (dim == 128 or (dim == 64 and target == 100)))
-    return KeyBlocks(64, block_n, 8 if large else 4, 3, ahead)
-
-
-def _list_blocks(dim: int, block_n: int, group: int) -> KeyBlocks:
-    """Tiles for lists of 64 keys and more on sm_90, as timed on an H200."""
-    if dim == 64:
-        return KeyBlocks(64, 64, 4, 3)
-    if block_n == 128:
-        return KeyBlocks(64, 128, 8, 2)
-    return KeyBlocks(64, 64, 4, 2) if group > 1 else KeyBlocks(64, 64, 8, 3)
-
-
 def key_gradients(
     dout: Tensor,
     q: Tensor,
@@ -295,8 +245,8 @@ def key_gradients(
             picks outside the segments.
         dk: [S,K,D], dv: [S,K,E]: any floating dtype, last dim contiguous; what they hold is overwritten.
 
-    P = exp(scale q k^T - lse); dv = P^T dout; dS = P (dout v^T - delta); dk = scale dS^T q. Scratch: 16 bytes
-    a row, tables of about 150 bytes a tile and KV head while they are made, pieces of at most SCRATCH_BYTES.
+    P = exp(scale q k^T - lse); dv = P^T dout; dS = P (dout v^T - delta); dk = scale dS^T q. Scratch: 8 bytes a
+    row, tables of about 40 bytes a tile and KV head, pieces of at most SCRATCH_BYTES.
     """
     num_queries, num_keys, heads, group = q.shape[0], k.shape[0], kv_stop - kv_first, q.shape[1] // k.shape[1]
     if not num_keys or not heads:

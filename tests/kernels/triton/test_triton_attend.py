@@ -280,6 +280,15 @@ def test_kv_heads_one_at_a_time_and_layers_share_the_tables_that_none_of_them_ch
     assert torch.equal(layers[0][0].out, layers[1][0].out)
 
 
+def test_what_a_pack_keeps_for_one_spec_serves_no_other():
+    cu, pack = [0, 50, 260], Pack([0, 50, 260])
+    inputs = make_qkv(cu, dim=32, dtype=BF16)
+    for spec in (MoBA(32, 3), Full(), MoBA(16, 3), MoBA(32, 2)):
+        shared, alone = (run(*inputs, spec, row, routing_of(spec, row, 4, 2)) for row in (pack, Pack(cu)))
+        assert torch.equal(shared[0].out, alone[0].out)
+        assert all(torch.equal(a, b) for a, b in zip(shared[1:], alone[1:], strict=True))
+
+
 def test_units_cover_every_query_and_head_once_and_fit():
     for queries, heads, per_query, fixed, budget in (
         (1000, 8, 2224, 5000, 10**7), (1000, 8, 2224, 5000, 10**6), (130, 1, 10**4, 10, 10**5), (1, 3, 8, 0, 1 << 30),
