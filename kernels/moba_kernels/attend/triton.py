@@ -6,9 +6,9 @@ tables and pick lists are made there (triton_tables.py, triton_lists.py).
 Scratch. Work is done in units, a range of KV heads times a range of queries, so that what a unit needs beyond inputs
 and results stays below SCRATCH_BYTES: fp32 accumulators (only where results are narrower), pick lists and tile tables.
 The smallest unit is one KV head and UNIT_QUERIES queries (its accumulators take 512 * H/K * Dv bytes). Not in the
-bound: geometry and tile tables of causal segments (about 20 bytes a query, kept on the pack of a whole row), and, in the
-backward, the lists that dK and dV need over all queries of a KV head (4 bytes a pick, about 50 a chunk and slot) and what
-triton_keys.py states.
+bound: geometry and tile tables of causal segments (about 20 bytes a query, kept on the pack of a whole row), and, in
+the backward, the lists that dK and dV need over all queries of a KV head (4 bytes a pick, about 50 a chunk and slot)
+and what triton_keys.py states.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, P picks,
 C chunks.
