@@ -146,9 +146,19 @@ def kernel_of(job: Job) -> Any:
         raise ValueError(f"{job.label}: types or constants of {sorted(missing)} are missing in its Variant")
     signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
-    source = ASTSource(variant.kernel, signature, dict(variant.constants), aligned)
+    language = _gluon_source() if variant.kernel.is_gluon() else ASTSource
+    source = language(variant.kernel, signature, dict(variant.constants), aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.max_registers is not None:
+        options["maxnreg"] = variant.max_registers
     return triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
+
+
+def _gluon_source() -> Any:
+    """What `ASTSource` is to a kernel in Gluon. It has no public name."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def compile_job(job: Job) -> Compiled:

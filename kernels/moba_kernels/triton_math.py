@@ -10,10 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_support import INTERPRETED, target_of_capability
+from .triton_support import GLUON_TRITON, INTERPRETED, release_of, target_of_capability
 
 # Kernels read it as a compile-time constant.
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+# Are there kernels in Gluon to take?
+HAS_GLUON = not INTERPRETED and release_of(triton.__version__) in GLUON_TRITON
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -75,6 +78,8 @@ class Variant:
     dtype: torch.dtype
     divisible_by_16: frozenset[str] = frozenset()
     """Run-time arguments (pointers, strides) that a launch on aligned tensors specialises on."""
+    max_registers: int | None = None
+    """Of a thread, where the launch says so."""
 
 
 def target_of(device: torch.device) -> int:

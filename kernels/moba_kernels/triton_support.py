@@ -23,6 +23,15 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 # Read once, as Triton itself does when a kernel is defined: under the interpreter kernels run on CPU tensors, in numpy.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
+# Kernels in Gluon, Triton's lower layer, whose names change with every release: a version stands here once
+# `make gpu-test` has passed with it. With others, and under the interpreter, the kernels in Triton proper serve.
+GLUON_TRITON = ((3, 6),)
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """(major, minor)."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
 
 def require_triton() -> None:
     """BackendError with an install hint when Triton cannot be imported or is too old."""
@@ -31,7 +40,7 @@ def require_triton() -> None:
         import triton
     except ImportError as error:
         raise BackendError("triton", [f"triton cannot be imported: {error}"], fix) from error
-    if tuple(int(number) for number in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    if release_of(triton.__version__) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         raise BackendError("triton", [f"it needs triton >= {oldest}, this is {triton.__version__}"], fix)
 

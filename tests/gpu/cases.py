@@ -36,7 +36,7 @@ def all_cases(device: str, *, toy: bool) -> list[Case]:
     )
     cases = [*_smoke(base), *_long_lists(base, toy)]
     if device == "cuda" and not toy:
-        cases += _on_gpu()
+        cases += _on_gpu(base)
     cases += [*_ranks(base, toy), *_dtypes(base), *_heads(base), *_dims(base, toy), *_rows(base, toy), *_partials(base)]
     return [*cases, *_other_backends(base), *_grid(toy)]
 
@@ -47,6 +47,7 @@ def _smoke(base: Shape) -> Iterator[Case]:
     yield _case("route", checks.check_route, base)
     yield _case("forward", checks.check_forward, base)
     yield _case("backward", checks.check_whole, base)
+    yield _case("strides", checks.check_strides, base)
     for width in (3, 5):
         run = partial(checks.check_key_conv, 200, base.kv_heads, base.dim, width, "bf16")
         yield Case(f"key conv of width {width}", lambda device, backend, run=run: run(device, backend))  # type: ignore[misc]
@@ -114,10 +115,16 @@ def _ranks(base: Shape, toy: bool) -> Iterator[Case]:
     yield _case("2 ranks, full attention", context.check_context, small, num_ranks=2, spec=Full())
 
 
-def _on_gpu() -> Iterator[Case]:
+def _on_gpu(base: Shape) -> Iterator[Case]:
     row = Shape((40000, 25000), 8, 2, 128, 512, 4, dtype="bf16")
     yield _case("no host read", checks.check_no_host_read, row)
     yield Case("groups of one rank over NCCL", lambda device, backend: context.check_nccl(row, backend))
+    for ranks in (2, 4):
+        yield _case(f"{ranks} ranks over NCCL", context.check_context, base, num_ranks=ranks, exchange="nccl")
+    whole = Full()
+    yield _case("2 ranks over NCCL, full", context.check_context, base, num_ranks=2, spec=whole, exchange="nccl")
+    heads = replace(row, heads=8, kv_heads=4)
+    yield Case("exchange beside products", lambda device, backend: context.check_overlap(heads, backend))
     for chunk, topk, select in ((128, 8, "head"), (512, 4, "head"), (512, 4, "group")):
         yield _case("two runs", checks.check_repeats, replace(row, chunk=chunk, topk=topk, select=select))  # type: ignore[arg-type]
     yield _case("scratch", checks.check_scratch, Shape((131072,), 8, 2, 128, 512, 4, dtype="bf16"))

@@ -1,13 +1,15 @@
-"""Attention over a row that several ranks share equals one rank's, on one device: gloo ranks, every transport.
+"""Attention over a row that several ranks share equals one rank's, on one device: every transport, gloo and NCCL.
 
-Ranks that share a GPU exchange through host memory (`moba_train.parallel.collectives`); streams, index lists and
-kernels are those of a cluster. Needs torch, triton and numpy, and of moba_train only what context attention needs.
+Gloo ranks that share a GPU exchange through host memory (`moba_train.parallel.collectives`). NCCL ranks do if each says
+that it is a host of its own (NCCL refuses a GPU twice in one host): they exchange over sockets, by the calls, streams
+and kernels of a cluster. Needs torch, triton and numpy, and of moba_train only what context attention needs.
 
 Letters: T tokens of the row, S of a shard, H query heads, K key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from moba_kernels import AttendResult, AttentionSpec, Full, MoBA, Routing, attend, route
 from moba_train.parallel import context_attend, route_context
+from moba_train.parallel.all_gather import AllGather
 from moba_train.parallel.context_attention import TRANSPORTS, attend_shard
 from moba_train.parallel.rules import refusals
 from moba_train.parallel.shard import Layout, shard, shard_positions
@@ -32,28 +35,40 @@ FLOOR = {"fp32": 1e-5, "bf16": 4e-3, "fp16": 1e-3}
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
-def check_context(shape: Shape, device: str, backend: str, num_ranks: int, spec: Full | None = None) -> str:
+def check_context(
+    shape: Shape, device: str, backend: str, num_ranks: int, spec: Full | None = None, exchange: str = "gloo"
+) -> str:
     """Routing on small integers is one rank's, ties included; with one rank's routing forced, out, lse, dq, dk and dv
     err at most twice as much as one rank does, in every transport and layout. Returns a line for the log."""
     found = _one_rank(shape, device, backend, spec)
-    method = "spawn" if device == "cuda" else "forkserver"
-    worst = run_ranks(_one_of_the_ranks, num_ranks, shape, device, backend, spec, *found, method=method)
+    worst = run_ranks(
+        _one_of_the_ranks, num_ranks, shape, device, backend, spec, exchange, *found, method=_method(device)
+    )
     error, transports = max(x for x, _ in worst), worst[0][1]
-    return f"{num_ranks} ranks on one {device}, {transports} transports: error {error:.2f}x one rank's"
+    return f"{num_ranks} {exchange} ranks on one {device}, {transports} transports: error {error:.2f}x one rank's"
+
+
+def _method(device: str) -> str:
+    return "spawn" if device == "cuda" else "forkserver"
+
+
+def _group_of_all(rank: int, n: int, exchange: str) -> dist.ProcessGroup:
+    """All ranks, over gloo or NCCL."""
+    if exchange == "nccl":
+        os.environ.update(NCCL_HOSTID=f"rank {rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    group = dist.new_group(list(range(n)), backend=exchange)
+    assert group is not None
+    return group
 
 
 def check_nccl(shape: Shape, backend: str, device: str = "cuda") -> str:
     """Every transport over a group of one rank of its own: NCCL takes what it is given, in stream order, and gives what
-    `attend` gives.
-
-    (Ranks that share a GPU cannot form a larger NCCL group.)
-    """
-    return str(*run_ranks(_alone, 1, shape, backend, device, method="spawn" if device == "cuda" else "forkserver"))
+    `attend` gives."""
+    return str(*run_ranks(_alone, 1, shape, backend, device, method=_method(device)))
 
 
 def _alone(rank: int, n: int, shape: Shape, backend: str, device: str) -> str:
-    group = dist.new_group([0], backend="nccl" if device == "cuda" else "gloo")
-    assert group is not None
+    group = _group_of_all(rank, n, "nccl" if device == "cuda" else "gloo")
     q, k, v, dout = make_inputs(shape, device)
     served = 0
     for spec in (shape.spec, Full()):
@@ -73,6 +88,44 @@ def _alone(rank: int, n: int, shape: Shape, backend: str, device: str) -> str:
                 assert error <= 2e-2, f"{name}, {part}: relative error {error:.3g}, allowed 0.02"
             served += 1
     return f"{served} transports over a {dist.get_backend(group)} group of one rank"
+
+
+def check_overlap(shape: Shape, backend: str) -> str:
+    """Two NCCL ranks gather one KV head after the other: NCCL's kernels have a stream of their own, and attention's run
+    at the same time."""
+    shares = run_ranks(_overlap, 2, shape, backend, method="spawn")
+    assert min(shares) >= 0.3, f"a kernel of NCCL's is under way in {min(shares):.0%} of the time of the others"
+    return f"a kernel of NCCL's is under way in {min(shares):.0%} of the time of the others"
+
+
+def _overlap(rank: int, n: int, shape: Shape, backend: str) -> float:
+    """Share of the time of this rank's other kernels in which an NCCL kernel runs, on another stream."""
+    group = _group_of_all(rank, n, "nccl")
+    cut = row_cut(shape.pack, n, "zigzag")
+    positions = torch.from_numpy(shard_positions(shape.tokens, n, rank, "zigzag")).cuda()
+    inputs = [shard(x, 0, num_ranks=n, rank=rank, layout="zigzag").cuda() for x in make_inputs(shape, "cpu")]
+    leaves, dout = [x.requires_grad_() for x in inputs[:3]], inputs[3]
+    routing = route_context(*leaves[:2], shape.spec, layout="zigzag", group=group, pack=shape.pack, backend=backend)
+    call = ShardedCall(shape.spec, shape.pack, cut, rank, Wire(group), positions, routing, None, backend)  # type: ignore[arg-type]
+
+    def once() -> None:
+        out = attend_shard(*leaves, call=call, transport=AllGather(stride_bytes=1)).out
+        torch.autograd.grad(out, leaves, dout)
+        torch.cuda.synchronize()
+
+    once()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        once()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    streams: dict[bool, set[int]] = {True: set(), False: set()}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            is_nccl = "nccl" in event.name.lower()
+            spans[is_nccl].append((event.time_range.start, event.time_range.end))
+            streams[is_nccl].add(event.device_resource_id)
+    assert spans[True] and not streams[True] & streams[False], f"NCCL's kernels run on {streams[True]}, others too"
+    shared = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in spans[True] for b in spans[False])
+    return shared / sum(stop - start for start, stop in spans[False])
 
 
 def _with_gradients(run: Callable[..., AttendResult], inputs: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
@@ -108,12 +161,13 @@ def _one_of_the_ranks(
     device: str,
     backend: str,
     full: Full | None,
+    exchange: str,
     ids: Tensor | None,
     one: list[Tensor],
     exact: list[Tensor],
 ) -> tuple[float, int]:
     """(worst error as a multiple of one rank's, transports that serve)."""
-    group = dist.group.WORLD
+    group = _group_of_all(rank, n, exchange)
     spec: AttentionSpec = full or shape.spec
     options = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "num_ranks": n}
     transports = [name for name in TRANSPORTS if not refusals(name, spec, **options)]
@@ -121,7 +175,7 @@ def _one_of_the_ranks(
     for layout in LAYOUTS:
         cut = {"num_ranks": n, "rank": rank, "layout": layout}
         if isinstance(spec, MoBA):
-            _check_routing(shape, device, backend, cut)
+            _check_routing(shape, device, backend, group, cut)
         inputs = [shard(x, 0, **cut).to(device) for x in make_inputs(shape, "cpu")]
         positions_S = torch.from_numpy(shard_positions(shape.tokens, n, rank, layout))
         routing = None
@@ -139,14 +193,14 @@ def _one_of_the_ranks(
     return worst, len(transports)
 
 
-def _check_routing(shape: Shape, device: str, backend: str, cut: dict[str, object]) -> None:
+def _check_routing(shape: Shape, device: str, backend: str, group: dist.ProcessGroup, cut: dict[str, object]) -> None:
     """On small integers, where arithmetic is exact."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((shape.tokens, heads, shape.dim) for heads in (shape.heads, shape.kv_heads))
     q, k = (torch.randint(-1, 2, size, generator=generator).to(DTYPES[shape.dtype]) for size in sizes)
     want = shard(route(q, k, shape.spec, cu_seqlens=shape.pack, backend="reference").chunk_ids, 0, **cut)
     q_S, k_S = (shard(x, 0, **cut).to(device) for x in (q, k))
-    options = {"layout": cut["layout"], "group": dist.group.WORLD, "pack": shape.pack, "backend": backend}
+    options = {"layout": cut["layout"], "group": group, "pack": shape.pack, "backend": backend}
     got = route_context(q_S, k_S, shape.spec, **options).chunk_ids.cpu()
     wrong = int((got != want).any(-1).sum())
     assert wrong == 0, f"routing over shards: {wrong} rows differ on small integers"

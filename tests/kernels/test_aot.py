@@ -12,6 +12,7 @@ import triton.language as tl
 
 from moba_kernels import aot
 from moba_kernels.aot import TARGETS, Compiled, Job, compile_all, compile_jobs, jobs_of, main, table_of, violations_of
+from moba_kernels.attend.triton_key_blocks import key_blocks
 from moba_kernels.triton_math import Variant
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,11 +63,27 @@ def test_fp32_never_runs_in_tf32(compiled):
 
 
 def test_attention_in_bf16_runs_on_hoppers_wgmma(compiled):
-    kernels = {"causal_forward", "causal_dq", "picks_forward", "picks_dq", "key_gradients_kernel"}
+    kernels = {
+        "causal_forward",
+        "causal_dq",
+        "picks_forward",
+        "picks_dq",
+        "key_gradients_kernel",
+        "hopper_key_gradients",
+    }
     hopper = [one for one in compiled if one.job.target == 90 and one.job.dtype == BF16]
     found = {one.job.label.split()[0] for one in hopper if one.uses_wgmma}
     assert kernels <= found
     assert not any(one.uses_wgmma for one in compiled if one.job.target == 80)
+
+
+def test_specialised_warps_serve_what_they_were_written_for_and_no_rows_that_cannot_be_copied_by_16_bytes():
+    def serves(dim=128, dtype=BF16, target=90, keys=512, **options):
+        return key_blocks(dim, dim, dtype, target, keys, 4, picks=True, **options).specialised
+
+    assert serves() and serves(dtype=FP16) and serves(keys=1 << 20)
+    assert not any((serves(dim=64), serves(dtype=FP32), serves(target=80), serves(target=100), serves(keys=64)))
+    assert not serves(aligned=False)
 
 
 def test_attention_in_bf16_stores_its_results_16_bytes_at_a_time(compiled):

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_math import LOG2_E, TRITON_TYPE, Variant, add_dot, dot, narrow, target_of
+from ..triton_math import HAS_GLUON, LOG2_E, TRITON_TYPE, Variant, add_dot, dot, narrow, target_of
 from .call import AttendCall
 from .triton_config import groups_of_variants, padded
 from .triton_geometry import DeviceGeometry
@@ -38,6 +38,9 @@ from .triton_key_blocks import KeyBlocks, key_blocks
 from .triton_key_tables import key_items, key_tiles, longest_segment
 from .triton_lists import PickLists
 from .triton_rows import sums_by_head
+
+if HAS_GLUON:
+    from . import triton_keys_hopper as hopper
 
 # Units an item holds at least: below it, the fp32 piece that a split costs is no longer small beside the work.
 MIN_UNITS = 32
@@ -256,7 +259,10 @@ def key_gradients(
         return
     dout, row_sums = dout.to(q.dtype), sums_by_head(lse, delta, kv_first * group, heads * group, heads)
     usual = longest_segment(call) if lists is None or call.routing is None else call.routing.spec.chunk_size
-    blocks = key_blocks(q.shape[2], v.shape[2], q.dtype, target_of(q.device), usual, group, picks=lists is not None)
+    blocks = key_blocks(
+        q.shape[2], v.shape[2], q.dtype, target_of(q.device), usual, group,
+        picks=lists is not None, aligned=_rows_are_aligned(q) and _rows_are_aligned(dout),
+    )  # fmt: skip
     dims = _dims(q.shape[2], v.shape[2], blocks)
     width = dims["BLOCK_D"] + dims["BLOCK_E"]
     tiles = geometry.derived(("key tiles", blocks.block_n), lambda: key_tiles(call, geometry, blocks.block_n, num_keys))
@@ -264,20 +270,36 @@ def key_gradients(
     num_pieces = min(SCRATCH_BYTES // (4 * blocks.block_n * width), 2 * most // MIN_UNITS)
     table = key_items(tiles, lists, heads, group, blocks.block_m, num_pieces, MIN_UNITS)
     pieces = q.new_empty((num_pieces, blocks.block_n, width), dtype=torch.float32)
-    key_gradients_kernel[(table.items.shape[0],)](
+    kernel, options = _kernel_of(blocks, dims)
+    kernel[(table.items.shape[0],)](
         q, k, v, dout, row_sums, dk, dv, pieces, geometry.visible_T, tiles, table.items, table.results,
         tiles if lists is None else lists.entries_E, tiles if lists is None else lists.edges,
         call.scale, call.scale * LOG2_E.value, num_queries * group, kv_first, tiles.shape[0],
         geometry.num_chunks, 1 if lists is None else lists.num_slots,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
         GROUP=group, ROWS_OF_ENTRY=0 if lists is None else group // lists.rows_per_query,
-        BLOCK_M=blocks.block_m, AHEAD=blocks.ahead, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **dims,
+        BLOCK_M=blocks.block_m, **options,
     )  # fmt: skip
     if num_pieces:
         sum_pieces_kernel[(table.sums.shape[0], blocks.block_n // SUM_ROWS)](
             dk, dv, pieces, table.sums, tiles, kv_first, tiles.shape[0], *dk.stride()[:2], *dv.stride()[:2],
             ROWS=SUM_ROWS, **dims, num_warps=SUM_WARPS, num_stages=SUM_STAGES,
         )  # fmt: skip
+
+
+def _rows_are_aligned(x: Tensor) -> bool:
+    """Does every row of x [tokens, heads, dim] begin at 16 bytes, by strides that launches specialise on?"""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
+
+
+def _kernel_of(blocks: KeyBlocks, dims: dict[str, int]) -> tuple[Any, dict[str, int]]:
+    """The kernel for such tiles, and those of its constants and launch options that are its own."""
+    if not blocks.specialised:
+        options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+        return key_gradients_kernel, {"AHEAD": blocks.ahead, **options, **dims}
+    constants = {name: dims[name] for name in ("DIM", "VALUE_DIM", "BLOCK_N")}
+    options = {"num_warps": blocks.num_warps, "maxnreg": hopper.FIRST_REGISTERS}
+    return hopper.hopper_key_gradients, {"STAGES": blocks.num_stages, **options, **constants}
 
 
 def _dims(head_dim: int, value_dim: int, blocks: KeyBlocks) -> dict[str, int]:
@@ -324,15 +346,14 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
             forms = [(blocks, rows, dtype) for rows in dict.fromkeys((1, group, 0)) for blocks in shapes[rows > 0]]
             forms += [(shapes[True][0], 1, torch.float32)] if dtype != torch.float32 else []
             for blocks, rows_of_entry, result in forms:
-                constants = {"GROUP": group, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m}
-                constants |= {"AHEAD": blocks.ahead} | _dims(head_dim, value_dim, blocks)
+                kernel, constants = _kernel_of(blocks, _dims(head_dim, value_dim, blocks))
+                constants |= {"GROUP": group, "ROWS_OF_ENTRY": rows_of_entry, "BLOCK_M": blocks.block_m}
                 lists_of = {0: "full", 1: "head"}.get(rows_of_entry, "group")
-                what = f"{lists_of}, {group} heads a group"
-                shape = blocks.num_warps, blocks.num_stages
-                yield _variant(key_gradients_kernel, what, dtype, result, constants, *shape)
+                yield _variant(kernel, f"{lists_of}, {group} heads a group", dtype, result, constants)
         for blocks in shapes[False]:
-            constants = {"ROWS": SUM_ROWS, **_dims(head_dim, value_dim, blocks)}
-            yield _variant(sum_pieces_kernel, "sum", dtype, dtype, constants, SUM_WARPS, SUM_STAGES)
+            constants = {"ROWS": SUM_ROWS, "num_warps": SUM_WARPS, "num_stages": SUM_STAGES}
+            constants |= _dims(head_dim, value_dim, blocks)
+            yield _variant(sum_pieces_kernel, "sum", dtype, dtype, constants)
 
 
 def _variant(
@@ -340,10 +361,10 @@ def _variant(
     what: str,
     dtype: torch.dtype,
     result: torch.dtype,
-    constants: dict[str, int],
-    num_warps: int,
-    num_stages: int,
+    arguments: dict[str, int],
 ) -> Variant:
+    """arguments: constants and launch options, as a launch gives them."""
+    constants = {name: x for name, x in arguments.items() if name in kernel.arg_names}
     element = {"dk": TRITON_TYPE[result], "dv": TRITON_TYPE[result], "list_edges": "i64"}
     element |= dict.fromkeys(("q", "k", "v", "dout"), TRITON_TYPE[dtype])
     element |= dict.fromkeys(("row_sums", "pieces"), "fp32")
@@ -358,4 +379,7 @@ def _variant(
     dims = f"{constants['DIM']}/{constants['VALUE_DIM']} {TRITON_TYPE[dtype]}"
     label = f"{kernel.__name__} {dims} {constants['BLOCK_N']} keys, {what}, {TRITON_TYPE[result]} result"
     aligned = frozenset(types) - {"scale", "scale_log2", *_COUNTS}
-    return Variant(label, kernel, types, constants, num_warps, num_stages, constants["DIM"], dtype, aligned)
+    return Variant(
+        label, kernel, types, constants, arguments["num_warps"], arguments.get("num_stages", 1), constants["DIM"],
+        dtype, aligned, arguments.get("maxnreg"),
+    )  # fmt: skip
