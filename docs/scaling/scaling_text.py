@@ -366,8 +366,8 @@ are chosen again):
 The Triton kernels of this repository make the scores twice in the backward pass (dQ is a pass of its own). The last
 line takes {PAPER_SPEEDUP} instead of {1 / row_density([SPEC], M):.1f} for MoBA layers, forward and backward.
 
-Measured since, on one H200 and with the gate counted in: the Triton kernels reach 350 TFLOP/s forward and backward with
-chunks of 4,096 and 8,192 (35 % of the peak: the second line), 229 with chunks of 512 and 110 with chunks of 128
+Measured since, on one H200 and with the gate counted in: the Triton kernels reach 395 TFLOP/s forward and backward with
+chunks of 4,096 and 8,192 (40 % of the peak), 249 with chunks of 512 and 115 with chunks of 128
 ([results](../kernels/bench/results/nvidia-h200.md)). The tables above keep the 50 % that was assumed.
 
 Not modelled: stragglers, contention between groups that share adapters, network topology, kernels of odd shapes, data
