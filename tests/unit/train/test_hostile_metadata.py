@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,21 @@ def test_a_lie_in_the_tables_of_metadata_is_refused(
     assert any(part in str(error.got) for part in reason.split("|")), error.message()
 
 
+class EarlyPickler(pickle.Pickler):
+    """Members of enumerations as Python 3.11.0 to 3.11.3 write them."""
+
+    def reducer_override(self, x: object) -> object:
+        return (getattr, (type(x), x.name)) if isinstance(x, Enum) else NotImplemented
+
+
+def test_metadata_is_read_as_every_python_writes_it(hostile: Hostile) -> None:
+    file = io.BytesIO()
+    EarlyPickler(file, protocol=4).dump(metadata_of(hostile))
+    assert b"getattr" in file.getvalue()
+    hostile.write(_metadata=file.getvalue())
+    hostile.load()
+
+
 def test_pieces_that_cover_a_tensor_are_told_from_those_that_do_not() -> None:
     grid = [((i, j), (2, 3)) for i in (0, 2) for j in (0, 3)]
     assert covers_once((4, 6), grid) and covers_once((), [((), ())]) and covers_once((0, 5), [])
@@ -114,6 +131,15 @@ PROGRAMS = {
     "a name outside the list": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),
     "a name below an allowed module": (b"\x80\x04\x8c\x05torch\x8c\x04load\x93.", "torch.load"),
     "a dotted name": (b"\x80\x04\x8c\x07pathlib\x8c\x10PosixPath.unlink\x93.", "PosixPath.unlink"),
+    "an attribute of a class": (
+        b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93\x8c\x07pathlib\x8c\x09PosixPath\x93\x8c\x06unlink\x86R.",
+        "no member of an enumeration",
+    ),
+    "a method of an enumeration": (
+        b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93\x8c%btorch.distributed.checkpoint.metadata"
+        b"\x8c\x14_MEM_FORMAT_ENCODING\x93\x8c\x03mro\x86R." % bytes([len("torch.distributed.checkpoint.metadata")]),
+        "no member of an enumeration",
+    ),
     "a memo of 64 GB": (b"\x80\x04Nr\xff\xff\xff\xff.", "LONG_BINPUT"),
     "bytes of terabytes": (b"\x80\x04\x8e" + (1 << 42).to_bytes(8, "little") + b".", "not a pickle|needs"),
     "a text of terabytes": (b"\x80\x04\x8d" + (1 << 42).to_bytes(8, "little") + b".", "not a pickle|needs"),
