@@ -1,7 +1,10 @@
 """Training on one GPU by two NCCL ranks that share it: they train like one rank, and one that is killed ends the other.
 
 NCCL refuses a GPU twice in one host, so each rank says that it is a host of its own; they exchange over sockets, by the
-same calls as the GPUs of a cluster. Needs megatron-core and the rest of what `moba-train train` needs.
+same calls as the GPUs of a cluster. Needs megatron-core and the rest of what `moba-train train` needs, and a GPU that
+nothing else is using:
+
+    python -m pytest -m gpu tests/gpu/test_training.py
 """
 
 from __future__ import annotations
