@@ -1,7 +1,7 @@
 """Attention over a row that several ranks share equals one rank's, on one device: every transport, gloo and NCCL.
 
-Gloo ranks that share a GPU exchange through host memory (`moba_train.parallel.collectives`). NCCL ranks do if each says
-that it is a host of its own (NCCL refuses a GPU twice in one host): they exchange over sockets, by the calls, streams
+Gloo ranks that share a GPU exchange through host memory (`moba_train.parallel.collectives`). NCCL refuses a GPU twice
+in one host, so each of its ranks says that it is a host of its own: they exchange over sockets, by the calls, streams
 and kernels of a cluster. Needs torch, triton and numpy, and of moba_train only what context attention needs.
 
 Letters: T tokens of the row, S of a shard, H query heads, K key/value heads, D head dim.

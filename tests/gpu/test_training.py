@@ -75,11 +75,16 @@ def losses(workspace: Path, run: str, ranks: int, *words: str) -> list[float]:
     return [record["train/loss"] for record in records(workspace / run)]
 
 
+@pytest.fixture(scope="module")
+def alone(workspace: Path) -> list[float]:
+    """Losses of one rank."""
+    return losses(workspace, "alone", 1, "--parallel.cp", "1")
+
+
 @pytest.mark.parametrize("mesh", ["cp", "tp", "dp"])
-def test_two_nccl_ranks_train_like_one(workspace: Path, mesh: str) -> None:
-    alone = losses(workspace, f"alone-{mesh}", 1, "--parallel.cp", "1")
+def test_two_nccl_ranks_train_like_one(workspace: Path, alone: list[float], mesh: str) -> None:
     words = ("--parallel.cp", "2") if mesh == "cp" else ("--parallel.cp", "1", f"--parallel.{mesh}", "2")
-    both = losses(workspace, f"both-{mesh}", 2, *words)
+    both = losses(workspace, mesh, 2, *words)
     assert len(alone) == STEPS and both == pytest.approx(alone, rel=2e-4)
 
 

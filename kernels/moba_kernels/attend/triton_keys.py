@@ -338,8 +338,8 @@ def variants(head_dims: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]
         for group in groups_of_variants(head_dim, value_dim, dtype):
             shapes = {
                 picks: list(dict.fromkeys(
-                    key_blocks(head_dim, value_dim, dtype, target, keys, group, picks=picks)
-                    for keys in (1 << 20, 64, 32)
+                    key_blocks(head_dim, value_dim, dtype, target, keys, group, picks=picks, aligned=aligned)
+                    for keys, aligned in ((1 << 20, True), (1 << 20, False), (64, True), (32, True))
                 ))
                 for picks in (True, False)
             }  # fmt: skip
