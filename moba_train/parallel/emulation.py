@@ -8,7 +8,8 @@
     traffics = run_threads(rank_main, 512)
 
 Everything above the collectives is the code that real ranks run. A collective is a meeting of all threads: each lays
-its tensor down, all copy what is theirs, nobody goes on before the last has copied.
+its tensor down, all copy what is theirs, nobody goes on before the last has copied. Between meetings the threads run
+one at a time: many that want the interpreter at once spend more time in handing it over than in their work.
 """
 
 from __future__ import annotations
@@ -31,17 +32,27 @@ class _Table:
 
     slots: list[Any]
     barrier: threading.Barrier
+    turn: threading.Lock
+    """Of all threads, whatever group they meet in: whoever computes holds it."""
     tables: dict[tuple[int, ...], _Table] = field(default_factory=dict)
     """Of some of the threads, by their ranks."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
-    def of(num_ranks: int) -> _Table:
-        return _Table([None] * num_ranks, threading.Barrier(num_ranks))
+    def of(num_ranks: int, turn: threading.Lock) -> _Table:
+        return _Table([None] * num_ranks, threading.Barrier(num_ranks), turn)
 
     def among(self, ranks: tuple[int, ...]) -> _Table:
         with self.lock:
-            return self.tables.setdefault(ranks, _Table.of(len(ranks)))
+            return self.tables.setdefault(ranks, _Table.of(len(ranks), self.turn))
+
+    def wait(self) -> None:
+        """Until all have come. The others need the turn meanwhile."""
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def abort(self) -> None:
         """Whoever waits, here or among some, waits no longer."""
@@ -69,9 +80,9 @@ class ThreadGroup:
 
     def _meet(self, laid_down: Any, take: Callable[[Sequence[Any]], None]) -> None:
         self.table.slots[self.own_rank] = laid_down
-        self.table.barrier.wait()
+        self.table.wait()
         take(self.table.slots)
-        self.table.barrier.wait()
+        self.table.wait()
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
         """received [N * n, ...] := every rank's sent [n, ...], in rank order."""
@@ -110,13 +121,14 @@ class ThreadGroup:
 
 def run_threads(fn: Callable[[ThreadGroup], R], num_ranks: int) -> list[R]:
     """Run `fn(group)` as `num_ranks` threads; their results in rank order. Raises the first failure of any rank."""
-    table = _Table.of(num_ranks)
+    table = _Table.of(num_ranks, threading.Lock())
     results: dict[int, R] = {}
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = fn(ThreadGroup(table, rank))
+            with table.turn:
+                results[rank] = fn(ThreadGroup(table, rank))
         except threading.BrokenBarrierError:
             pass  # another rank failed; its exception is the one to see
         except BaseException as error:  # raised below, in the caller's thread
