@@ -148,7 +148,7 @@ million: $(READY) ## One step on a document of 1,048,576 tokens on two CPU ranks
 	@$(BIN)/python launch/check_million.py runs/million
 
 .PHONY: scaling
-scaling: $(READY) ## Write docs/scaling.md: bytes, time, balance and memory of an 8B model on 8 to 512 GPUs, on paper (2 minutes)
+scaling: $(READY) ## Write docs/scaling.md: bytes, time, balance and memory of an 8B model on 8 to 512 GPUs, on paper (4 minutes)
 	@$(BIN)/python docs/scaling/make.py
 
 .PHONY: clean

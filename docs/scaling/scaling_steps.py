@@ -28,8 +28,6 @@ from scaling_memory import Memory, Mesh, exchanged_bytes, rank_memory, tensor_pa
 
 GEMM_SHARE = 0.6
 """Share of the peak that the layers' matrix products reach, norms, activations and residuals counted with them."""
-GATE_TERMS = 3
-"""The gate multiplies bf16 queries with fp32 means split into three bf16 terms."""
 FREE_SHARE = 0.1
 """Share of the memory left to the CUDA context, NCCL, kernels' scratch and the allocator."""
 TP_TRANSFERS = 14
@@ -175,7 +173,7 @@ def step_on(job: Job, mesh: Mesh, hardware: Hardware) -> Step | None:
     shared = mesh.tp * mesh.cp
     # forward, recomputed forward, and twice as much backward: 8 operations a weight and token; so too the tiled loss
     matrix_s = 8.0 * matmul_parameters(job.model) * job.seq_len / shared / (peak * GEMM_SHARE)
-    gate_s = sum(_gate_flops(job, spec) * n for spec, n in layers.items()) / shared / hardware.attention_flops(2)
+    gate_s = sum(n * _gate_flops(job, spec) / hardware.attention_flops(spec, 2) for spec, n in layers.items()) / shared
     mean_s = {spec: cost.compute_s / cost.balance for spec, cost in costs.items()}
     return Step(
         job=job,
@@ -228,13 +226,14 @@ def longest_row(model: ModelConfig, num_gpus: int, hardware: Hardware, *, moba: 
 
 
 def _gate_flops(job: Job, spec: AttentionSpec) -> float:
-    """Scores of one layer and row, once: the recomputed forward pass keeps the picks."""
+    """Scores of one layer and row, once: the recomputed forward pass keeps the picks.
+
+    One product each, as the rates of MoBA count them, which were measured with the gate.
+    """
     if not isinstance(spec, MoBA):
         return 0.0
     scores = document_gate_scores(job.seq_len, chunk_size=spec.chunk_size)
-    return (
-        2.0 * GATE_TERMS * job.model.head_dim * spec.routed_heads(job.model.num_heads, job.model.num_kv_heads) * scores
-    )
+    return 2.0 * job.model.head_dim * spec.routed_heads(job.model.num_heads, job.model.num_kv_heads) * scores
 
 
 def _tp_seconds(job: Job, mesh: Mesh, row: RowShape, hardware: Hardware) -> float:
@@ -260,7 +259,6 @@ def _once_seconds(job: Job, mesh: Mesh, hardware: Hardware) -> float:
 
 __all__ = [
     "FREE_SHARE",
-    "GATE_TERMS",
     "GEMM_SHARE",
     "HOST_BYTES_S",
     "PRESETS",

@@ -10,7 +10,7 @@ from moba_kernels.spec import MoBA
 from moba_train.model.plan import count_parameters
 from moba_train.parallel.hardware import PRESETS
 from moba_train.plan_view import row_density
-from scaling_steps import FREE_SHARE, GATE_TERMS, GEMM_SHARE, HOST_BYTES_S, TP_TRANSFERS, Step
+from scaling_steps import FREE_SHARE, GEMM_SHARE, HOST_BYTES_S, TP_TRANSFERS, Step
 from scaling_tables import (
     COUNT_SPEC,
     COUNT_TOKENS,
@@ -26,6 +26,8 @@ from scaling_tables import (
 )
 
 _IMAGES = "images/scaling_"
+_RESULTS = "../kernels/bench/results/nvidia-h200.md"
+_CHUNKS = (128, 512, 4096)
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,12 @@ def _head(facts: Facts) -> str:
 # Scale on paper
 
 What a training step of Llama-3.1-8B costs at 128K, 1M and 10M tokens on 8 to 512 GPUs: bytes, time, balance, memory.
-**No GPU was used.** Two kinds of numbers stand here, and each table says which it has:
+**No step of it was run.** Two kinds of numbers stand here, and each table says which it has:
 
 * **counted**: the framework's own transports ran over up to 512 ranks (threads of one process) on small rows, and
   their byte and pair counters were read;
-* **calculated**: closed forms, the cost model of `transport = "auto"`, data sheets and the assumptions below.
+* **calculated**: closed forms, the cost model of `transport = "auto"`, data sheets and the assumptions below. One of
+  these was measured, on one H200: the rate of attention.
 
 The main case is the last stage of `configs/llama_8b_1m.toml`: one document of 1M = 1,048,576 tokens, MoBA 4096/12,
 the
@@ -120,13 +123,17 @@ def _assumptions(offload_share: float) -> str:
         ("what exchanges take from computing beside them", f"{100 * (1 - h100.overlap):.0f} %", "assumed"),
         ("dense bf16 peak", f"{h100.bf16_flops / 1e12:.0f} TFLOP/s", "data sheets"),
         (
-            "share of it that attention reaches, full and MoBA alike",
+            "share of it that full attention reaches",
             f"{100 * h100.attention_share:.0f} %",
-            "assumed; measured on an H200: [What if](#what-if)",
+            f"**measured** on an H200: [results]({_RESULTS})",
+        ),
+        (
+            f"share of it that MoBA reaches, chunks of {', '.join(map(str, _CHUNKS))}",
+            ", ".join(f"{100 * h100.attention_flops(MoBA(c, 1), 2) / h100.bf16_flops:.0f}" for c in _CHUNKS) + " %",
+            "**measured** in the same way: 12, 25, 40 %; one curve through them",
         ),
         ("share of it that the rest of a layer reaches, norms counted in", f"{100 * GEMM_SHARE:.0f} %", "assumed"),
         ("FLOPs of attention a pair, forward / backward", "4 HD / 10 HD", "backward makes the scores once more"),
-        ("gate, products a score", str(GATE_TERMS), "fp32 means as three bf16 terms"),
         ("memory of a GPU, H100", f"{h100.memory_bytes / 1e9:.0f} GB", "data sheet"),
         ("memory of a GPU, H200", f"{h200.memory_bytes / 1e9:.0f} GB", "data sheet"),
         ("share of it left free", f"{100 * FREE_SHARE:.0f} %", "assumed"),
@@ -343,9 +350,8 @@ Their figures are measured, on their hardware; ours are calculated and have to b
 
 {table("system | published | this framework, calculated", rows, words=True)}
 
-* TRL: no assumption was fitted to that figure. That full attention comes out this close says that rates of 50 and 60
-  % are
-  plausible for dense kernels on H100; it says nothing about MoBA's kernels.
+* TRL: no assumption was fitted to that figure. That full attention comes out this close says that the rate measured on
+  an H200, and the 60 % assumed of matrix products, are plausible on H100; it says nothing about MoBA's kernels.
 * ALST reaches longer rows: it shards weights and gradients too (ZeRO-3) and keeps optimizer state in host memory, so
   one
   GPU holds an 8B model, and eight have more room for activations. Here every tensor-parallel group holds bf16 weights
@@ -363,12 +369,10 @@ are chosen again):
 
 {tables["tries"]}
 
-The Triton kernels of this repository make the scores twice in the backward pass (dQ is a pass of its own). The last
-line takes {PAPER_SPEEDUP} instead of {1 / row_density([SPEC], M):.1f} for MoBA layers, forward and backward.
-
-Measured since, on one H200 and with the gate counted in: the Triton kernels reach 395 TFLOP/s forward and backward with
-chunks of 4,096 and 8,192 (40 % of the peak), 249 with chunks of 512 and 115 with chunks of 128
-([results](../kernels/bench/results/nvidia-h200.md)). The tables above keep the 50 % that was assumed.
+The Triton kernels of this repository make the scores twice in the backward pass (dQ is a pass of its own); the rates
+have that in them. The rates of an H100, whose memory is slower, were not measured. The last line takes a MoBA layer
+{PAPER_SPEEDUP} times as fast as a full one, forward and backward; by pairs it would be {1 / row_density([SPEC], M):.1f}
+times.
 
 Not modelled: stragglers, contention between groups that share adapters, network topology, kernels of odd shapes, data
 loading, checkpoints to disk, evaluation; correlation between the picks of neighbouring queries (it lowers what pull

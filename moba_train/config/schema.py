@@ -79,7 +79,7 @@ class HardwareConfig:
     """What `transport = "auto"` and the plan assume of the machine. Numbers given here replace those of the preset."""
 
     preset: Literal["auto", "h100", "h200", "a100", "cpu", "measured"] = "auto"
-    """auto = by the device; measured = a few exchanges and matrix products are timed at start-up. A resumed run keeps
+    """auto = by the device; measured = a few exchanges and full attention are timed at start-up. A resumed run keeps
     what it measured as long as mesh and settings are the same."""
     node_ranks: int | Literal["preset"] = "preset"
     """Ranks of the job that share a node."""
@@ -94,7 +94,7 @@ class HardwareConfig:
     host_read_us: float | Literal["preset"] = "preset"
     """Microseconds that one host read of a device number costs."""
     attention_tflops: float | Literal["preset"] = "preset"
-    """TFLOP/s that attention reaches on one rank, in the precision of the run."""
+    """TFLOP/s that attention reaches on one rank, full and MoBA alike, in the precision of the run."""
 
 
 @dataclass(frozen=True)

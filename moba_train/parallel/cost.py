@@ -201,7 +201,7 @@ def _cost_of_row(
     routing = routing_exchanges(spec, heads, row)
     moved = transport_exchanges(transport, spec, heads, row, node_ranks=node_ranks)
     pairs_N, local = compute_pairs(transport, spec, heads, row, node_ranks)
-    second = 2 * (heads.head_dim + heads.value_dim) / hardware.attention_flops(heads.element_bytes)  # of one pair
+    second = 2 * (heads.head_dim + heads.value_dim) / hardware.attention_flops(spec, heads.element_bytes)  # a pair
     communication_s = exposed_s = 0.0
     for forward, times, work in ((True, forwards, second), (False, 1, _BACKWARD * second)):
         phases = [exchange for exchange in moved if exchange.forward == forward]

@@ -1,8 +1,9 @@
 """What the cost model knows about a machine: bandwidths, latencies, rates. Plain numbers, no torch.
 
-Bandwidths, peaks and memory are those of the vendors' data sheets, named beside them. Latencies and shares cannot be
-read off a data sheet: they are round assumptions, the same for all GPUs, and not measurements of ours. A configuration
-may replace every number (`[parallel.hardware]`), or have them measured at start-up (`measure`).
+Bandwidths, peaks and memory are those of the vendors' data sheets, named beside them. What attention reaches of the
+peak was measured on an H200 (kernels/bench/results/nvidia-h200.md) and is taken for the other GPUs too. Latencies and
+the shares of links are round assumptions, the same for all GPUs, and not measurements of ours. A configuration may
+replace every number (`[parallel.hardware]`), or have them measured at start-up (`measure`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from moba_kernels.spec import AttentionSpec, MoBA
 from moba_train.config.schema import HardwareConfig
 
 
@@ -38,22 +40,23 @@ class Hardware:
     fp32_flops: float
     """Peak of fp32 arithmetic, FLOP/s."""
     attention_share: float
-    """Share of the peak that attention reaches, forward and backward together."""
+    """Share of the peak that full attention reaches, forward and backward together."""
+    pick_pairs: float
+    """What a pick, or a query's own chunk, takes beyond its pairs, gate and lists included, in pairs at the peak."""
     overlap: float
     """A second of communication beside computing slows the computing down by 1 - overlap seconds."""
     memory_bytes: float
     """Of one rank."""
 
-    def attention_flops(self, element_bytes: int) -> float:
+    def attention_flops(self, spec: AttentionSpec, element_bytes: int) -> float:
         """FLOP/s that attention reaches on elements of that size (2: bf16, 4: fp32, 8: fp64)."""
         peak = self.bf16_flops if element_bytes == 2 else self.fp32_flops * 4 / element_bytes
-        return peak * self.attention_share
+        beyond = self.pick_pairs / spec.chunk_size if isinstance(spec, MoBA) else 0.0
+        return peak / (1 / self.attention_share + beyond)
 
 
 # Assumed of every GPU: a small NCCL collective takes some ten microseconds, each further peer about one; exchanges
-# reach four fifths of a link, and take about a fifth of the GPU from what is computed beside them; attention reaches
-# half of the peak (FlashAttention-2, arXiv 2307.08691, reports 50 to 73 % on an A100; FlashAttention-3, arXiv
-# 2407.08608, up to 75 % forward on an H100; sparse attention and the backward pass stay below).
+# reach four fifths of a link, and take about a fifth of the GPU from what is computed beside them.
 _H100 = Hardware(
     name="h100",
     node_ranks=8,
@@ -65,7 +68,8 @@ _H100 = Hardware(
     host_read_s=20e-6,
     bf16_flops=989.4e12,  # NVIDIA H100 SXM data sheet, without sparsity
     fp32_flops=66.9e12,
-    attention_share=0.5,
+    attention_share=0.46,  # H200, the Triton kernels: 456 TFLOP/s over a document of 32K tokens, D = 128
+    pick_pairs=900.0,  # fitted to 115, 249, 396 and 399 TFLOP/s with chunks of 128, 512, 4096 and 8192: 10 % at most
     overlap=0.8,
     memory_bytes=80e9,
 )
@@ -98,6 +102,7 @@ PRESETS: Mapping[str, Hardware] = MappingProxyType(
             bf16_flops=5e9,
             fp32_flops=50e9,
             attention_share=0.5,
+            pick_pairs=0.0,
             overlap=0.0,
             memory_bytes=8e9,
         ),
@@ -132,7 +137,7 @@ def with_overrides(hardware: Hardware, config: HardwareConfig) -> Hardware:
         given["link_share"] = 1.0
     if config.attention_tflops != "preset":
         reached = config.attention_tflops * 1e12
-        given |= {"bf16_flops": reached, "fp32_flops": reached, "attention_share": 1.0}
+        given |= {"bf16_flops": reached, "fp32_flops": reached, "attention_share": 1.0, "pick_pairs": 0.0}
     node_ranks = hardware.node_ranks if config.node_ranks == "preset" else config.node_ranks
     if not given and node_ranks == hardware.node_ranks:
         return hardware

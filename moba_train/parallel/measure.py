@@ -2,7 +2,8 @@
 
 Measured are, with the slowest rank of the job counting each time: an all-to-all of a small and of a large message among
 the ranks of a node, and among ranks of one place in all nodes (bandwidth from the difference, latency from the small
-one); a matrix product in the precision of the run; a host read. Everything else stays as the preset of the device says.
+one); full attention in the precision of the run; a host read. Everything else stays as the preset of the device says,
+the ratio of MoBA's rate to that of full attention among it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moba_kernels import Full, attend
 from moba_train.config.schema import HardwareConfig
 
 from . import collectives, ranks
@@ -32,7 +34,7 @@ _REPEATS = 3
 def hardware_of_run(config: HardwareConfig, mesh: Topology, dtype: torch.dtype) -> Hardware:
     """Collective over all ranks of the job, and the same on all: rank 0's device decides, or the slowest rank's times.
 
-    dtype: of the matrix products of the run.
+    dtype: of the run's attention.
     """
     device = mesh.device
     name = ranks.from_rank_0(lambda: torch.cuda.get_device_name(device) if device.type == "cuda" else "")
@@ -52,10 +54,11 @@ def measure(hardware: Hardware, group: Group, *, node_ranks: int, device: torch.
     near = _link(Wire(group, transport="measurement"), node, device)
     far = _link(Wire(group, transport="measurement"), place, device)
     collectives.forget_among(group)  # nodes of unequal size: some are also groups of a transport
-    times = (*near, *far, _product_s(device, dtype), _host_read_s(device))
-    near_small, near_large, far_small, far_large, product_s, host_read_s = _slowest(times)
+    flops, attend = _attention(device, dtype)
+    times = (*near, *far, _seconds(attend), _host_read_s(device))
+    near_small, near_large, far_small, far_large, attention_s, host_read_s = _slowest(times)
     near_peers, far_peers = min(node_ranks, num_ranks) - 1, -(-num_ranks // node_ranks) - 1
-    flops = 2.0 * _side(device) ** 3 / product_s
+    peak = flops / attention_s / hardware.attention_share
     return replace(
         hardware,
         name=f"measured ({hardware.name})",
@@ -65,8 +68,8 @@ def measure(hardware: Hardware, group: Group, *, node_ranks: int, device: torch.
         latency_s=max(near_small if near_peers else 0.0, far_small if far_peers else 0.0),
         peer_latency_s=0.0,  # part of the latency, with as many peers as there are
         host_read_s=host_read_s,
-        bf16_flops=flops,
-        fp32_flops=flops,
+        bf16_flops=peak,
+        fp32_flops=peak,
     )
 
 
@@ -87,19 +90,25 @@ def _link(wire: Wire, members: Sequence[int], device: torch.device) -> tuple[flo
     return _seconds(exchange(_SMALL)), _seconds(exchange(_LARGE))
 
 
-def _product_s(device: torch.device, dtype: torch.dtype) -> float:
-    x = torch.ones((_side(device), _side(device)), device=device, dtype=dtype)
-    return _seconds(lambda: _settle(x @ x))
+def _attention(device: torch.device, dtype: torch.dtype) -> tuple[float, Callable[[], None]]:
+    """(FLOPs of it, full attention forward and backward): long enough for a steady rate."""
+    num_tokens, num_heads, num_kv_heads, dim = (16384, 16, 4, 128) if device.type == "cuda" else (1024, 4, 2, 64)
+    q, k, v = (
+        torch.ones((num_tokens, heads, dim), device=device, dtype=dtype, requires_grad=True)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    dout = torch.ones_like(q)
+
+    def attend_once() -> None:
+        _settle(torch.autograd.grad(attend(q, k, v, Full()).out, (q, k, v), dout)[0])
+
+    # two products of 2 D a pair forward, five backward
+    return 14.0 * dim * num_heads * num_tokens * (num_tokens + 1) / 2, attend_once
 
 
 def _host_read_s(device: torch.device) -> float:
     x = torch.zeros(1, device=device)
     return _seconds(lambda: _settle(x)) if device.type == "cuda" else 0.0
-
-
-def _side(device: torch.device) -> int:
-    """Rows of the matrices: large enough for a steady rate."""
-    return 4096 if device.type == "cuda" else 512
 
 
 def _settle(x: Tensor) -> None:

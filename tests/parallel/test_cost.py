@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moba_kernels import Full, MoBA, Pack
+from moba_kernels.pack import planned_pairs_of_lengths
 from moba_train.config.schema import HardwareConfig
 from moba_train.parallel import context_attend
 from moba_train.parallel.cost import choose_transport, compute_pairs, exchange_seconds, transport_cost
@@ -21,6 +25,7 @@ from moba_train.parallel.rules import TRANSPORT_NAMES
 from moba_train.parallel.shard import shard
 from moba_train.parallel.traffic import Traffic
 from moba_train.parallel.volume import Exchange, HeadShape, RowShape, transport_exchanges
+from moba_train.train.flops import document_gate_scores
 from tests.distributed import run_ranks
 from tests.parallel.sharded_case import CASES, check_case, inputs_of
 
@@ -39,6 +44,7 @@ SLOW = Hardware(
     bf16_flops=1.0,
     fp32_flops=1.0,
     attention_share=1.0,
+    pick_pairs=0.0,
     overlap=1.0,
     memory_bytes=1.0,
 )
@@ -215,8 +221,31 @@ def test_every_preset_is_complete_and_named_after_itself() -> None:
         assert hardware.name == name
         numbers = [getattr(hardware, field.name) for field in fields(hardware) if field.name != "name"]
         assert all(number >= 0 for number in numbers) and hardware.node_bytes_s >= hardware.cross_bytes_s
-    assert PRESETS["h100"].attention_flops(2) == 0.5 * 989.4e12
-    assert PRESETS["h100"].attention_flops(4) == 0.5 * 66.9e12
+    h100 = PRESETS["h100"]
+    assert h100.attention_flops(Full(), 2) == pytest.approx(0.46 * 989.4e12)
+    assert h100.attention_flops(Full(), 4) == pytest.approx(0.46 * 66.9e12)
+    rates = [h100.attention_flops(spec, 2) for spec in (MoBA(128, 8), MoBA(512, 4), MoBA(4096, 12), Full())]
+    assert rates == sorted(rates)
+    assert h100.attention_flops(MoBA(512, 4), 2) == h100.attention_flops(MoBA(512, 9), 2)
+
+
+def test_attention_takes_what_it_took_on_an_h200() -> None:
+    """Of every shape with long rows in the benchmark's results, forward and backward, gate included."""
+    results = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "results" / "nvidia-h200.jsonl"
+    records = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    chunks = set()
+    for record in records:
+        shape = record.get("shape")
+        if shape is None or shape["select"] != "head" or len(shape["documents"]) > 1 or shape["documents"][0] < 2**17:
+            continue
+        spec, (num_tokens,) = MoBA(shape["chunk"], shape["topk"]), shape["documents"]
+        pairs = planned_pairs_of_lengths(np.array([num_tokens]), spec)
+        scores = document_gate_scores(num_tokens, chunk_size=spec.chunk_size)
+        flops = shape["heads"] * shape["dim"] * (14 * pairs + 2 * scores)
+        took_s = float(np.median(record["seconds"]["both"]["moba"]))
+        assert flops / PRESETS["h200"].attention_flops(spec, 2) == pytest.approx(took_s, rel=0.12), record["name"]
+        chunks.add(spec.chunk_size)
+    assert chunks == {128, 512, 4096, 8192}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +271,8 @@ def test_numbers_of_the_configuration_replace_those_of_the_preset() -> None:
     assert adjusted.name == "h100 (adjusted)" and adjusted.node_ranks == 4
     assert adjusted.cross_bytes_s * adjusted.link_share == 12e9  # what is given is what is reached
     assert adjusted.node_bytes_s * adjusted.link_share == h100.node_bytes_s * h100.link_share
-    assert (adjusted.latency_s, adjusted.attention_flops(2), adjusted.attention_flops(4)) == (3e-6, 400e12, 400e12)
+    assert adjusted.latency_s == 3e-6
+    assert {adjusted.attention_flops(spec, size) for spec in (Full(), MoBA(16, 2)) for size in (2, 4)} == {400e12}
     assert adjusted.host_read_s == h100.host_read_s
 
 
@@ -256,6 +286,20 @@ def test_measuring_gives_positive_numbers_for_the_links_that_there_are() -> None
         assert hardware.node_bytes_s != PRESETS["cpu"].node_bytes_s != hardware.cross_bytes_s
     (alone,) = run_threads(of_rank, 1)
     assert alone.node_bytes_s == PRESETS["cpu"].node_bytes_s  # nobody to measure with
+
+
+def test_the_rate_of_full_attention_is_measured_and_moba_keeps_its_ratio_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moba_train.parallel.measure._attention", lambda *_: (5e9, lambda: time.sleep(0.05)))
+    preset = PRESETS["h100"]
+
+    def of_rank(group: ThreadGroup) -> Hardware:
+        return measure(preset, group, node_ranks=1, device=torch.device("cpu"), dtype=torch.bfloat16)
+
+    (hardware,) = run_threads(of_rank, 1)
+    rate = hardware.attention_flops(Full(), 2)
+    assert 0.8 * 5e9 / 0.05 < rate <= 5e9 / 0.05
+    ratios = [x.attention_flops(MoBA(512, 4), 2) / x.attention_flops(Full(), 2) for x in (hardware, preset)]
+    assert ratios[0] == pytest.approx(ratios[1])
 
 
 def test_ranks_of_unequal_nodes_meet_in_other_groups_after_measuring() -> None:
