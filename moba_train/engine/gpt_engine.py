@@ -238,7 +238,8 @@ class GptEngine(ABC):
         """ConfigError unless all ranks mean the same: in training all of them, in an evaluation those of a replica."""
         mesh = self.topology
         parallel, chosen = self._parallel, None if self._transports is None else self._transports.transports
-        sharding = f"layout {parallel.layout}, transports {chosen}, {len(rows)} rows"  # lengths: cu_seqlens
+        asked = f"transport {parallel.transport!r}, for full layers {parallel.transport_full!r}"
+        sharding = f"layout {parallel.layout}, {asked}, chosen {chosen}, {len(rows)} rows"  # lengths: cu_seqlens
         facts = facts_of_work(self._step, work, self._model, self._engine, self._stage, sharding, lr)
         group, replicas = mesh.control_group, mesh.replicas
         if work != "training":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,10 +66,13 @@ RECOMPUTED = Case(
 CASES = {"mixed": MIXED, "grouped": GROUPED, "full": FULL, "recomputed": RECOMPUTED}
 
 
-def engine_of(case: Case, *, cp: int = 1, tp: int = 1, pp: int = 1, seed: int = 7) -> MegatronEngine:
+def engine_of(
+    case: Case, *, cp: int = 1, tp: int = 1, pp: int = 1, seed: int = 7, transport: str = "auto"
+) -> MegatronEngine:
     """Build the case's engine on a fresh mesh, over the default process group where there is one."""
     close_topology(keep_process_group=True)
-    parallel = ParallelConfig(cp=cp, tp=tp, pp=pp, layout=case.layout)  # type: ignore[arg-type]
+    layout, chosen = cast(Any, case.layout), cast(Any, transport)
+    parallel = ParallelConfig(cp=cp, tp=tp, pp=pp, layout=layout, transport=chosen)
     return build_engine(case.model, case.stages, case.engine, case.optimizer, parallel, seed=seed)
 
 

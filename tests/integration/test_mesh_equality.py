@@ -168,7 +168,7 @@ def trained_on_meshes(
     for name, mesh in runs:
         engine = engine_of(CASES[name], tp=mesh.tp, cp=mesh.cp, pp=mesh.pp)
         at = engine.topology
-        assert at.dp == mesh.dp
+        assert at.dp == mesh.dp and engine._gpt.config.sequence_parallel == (mesh.tp > 1)
         scores = [engine.score(row, query_positions=range(len(row.tokens_S))) for row in SCORED]
         outcome = Outcome(Mesh(at.tp_rank, at.cp_rank, at.pp_rank, at.dp_rank), [], [], {}, scores)
         replay(engine, picks[name])

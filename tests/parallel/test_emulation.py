@@ -186,8 +186,11 @@ def test_512_ranks_share_a_row_that_no_chunk_and_no_document_divides() -> None:
     assert {traffic.total_received() for _, traffic in found} == {exchanged}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["a2a+all_gather", "pull"])
+# a2a alone would ask for 512 heads
+@pytest.mark.parametrize(
+    "transport",
+    ["pull", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all_gather", "a2a+all_gather", "route_queries"))],
+)
 def test_512_ranks_attend_like_one_and_move_the_bytes_of_the_closed_form(transport: str) -> None:
     case = Case("512 ranks", (0, 1024), MoBA(8, 3), heads=(8, 8))
     inputs, n = inputs_of(case), 512

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,9 +46,18 @@ LAUNCH_S = 60.0
 Body = Callable[[int, Watch], None]
 
 
-def outcomes(body: Body, num_ranks: int, folder: Path) -> list[tuple[int | None, str, float]]:
-    """Run `body(rank, watch)` on ranks that are guarded: each one's exit code, what it printed to stderr, and when it
-    ended, in seconds since the rank that ended first."""
+class Ended(NamedTuple):
+    """How a rank ended: its exit code, what it printed to stderr, and when, in seconds since the rank that ended first
+    and since its body began."""
+
+    code: int | None
+    message: str
+    after_s: float
+    lasted_s: float
+
+
+def outcomes(body: Body, num_ranks: int, folder: Path) -> list[Ended]:
+    """Run `body(rank, watch)` on ranks that are guarded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "megatron.core.parallel_state"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -67,10 +76,12 @@ def outcomes(body: Body, num_ranks: int, folder: Path) -> list[tuple[int | None,
         process.kill()
         process.join()
     first_s = min(ends.values(), default=0.0)
-    return [
-        (process.exitcode, job[-1].read_text(), ends.get(rank, float("inf")) - first_s)
-        for rank, (process, job) in enumerate(zip(processes, jobs, strict=True))
-    ]
+    found = []
+    for rank, (process, job) in enumerate(zip(processes, jobs, strict=True)):
+        began, _, message = job[-1].read_text().partition("\n")
+        end_s = ends.get(rank, float("inf"))
+        found.append(Ended(process.exitcode, message, end_s - first_s, end_s - float(began)))
+    return found
 
 
 def _rank_main(body: Body, rank: int, num_ranks: int, port: int, stderr: Path) -> None:
@@ -81,6 +92,7 @@ def _rank_main(body: Body, rank: int, num_ranks: int, port: int, stderr: Path) -
     limit = timedelta(seconds=LAUNCH_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=limit)
     dist.barrier()
+    print(time.monotonic(), file=sys.stderr, flush=True)  # the same clock in all processes
     watch = Watch(CPU)
     try:
         with guarded(watch, timeout_s=TIMEOUT_S):
@@ -139,7 +151,7 @@ def test_ranks_end_and_name_one_that_was_killed_in_mid_collective(transport: str
     body = partial(_attend_until_it_breaks, transport=transport, fatal=phase)
     *survivors, dead = outcomes(body, 3, tmp_path)
     assert dead[0] == -signal.SIGKILL
-    for rank, (code, message, after_s) in enumerate(survivors):
+    for rank, (code, message, after_s, _) in enumerate(survivors):
         assert code == EXIT_RANKS, message
         assert f"rank {rank} of 3" in message
         assert f"layer 1, transport {transport}, phase {phase}" in message
@@ -156,11 +168,35 @@ def test_ranks_of_a_grid_end_too_though_not_all_exchange_with_the_one_that_was_k
     body = partial(_attend_until_it_breaks, transport="a2a+all_gather", fatal=phase)
     *survivors, dead = outcomes(body, 4, tmp_path)
     assert dead[0] == -signal.SIGKILL
-    for code, message, after_s in survivors:
+    for code, message, after_s, _ in survivors:
         assert code == EXIT_RANKS, message
         assert "rank 3: gone: it has not answered" in message and after_s < TIMEOUT_S
-    mate = survivors[2 if phase == "forward/qkv" else 1][1]  # of its node, or of its place in the other node
+    mate = survivors[2 if phase == "forward/qkv" else 1].message  # of its node, or of its place in the other node
     assert f"of 4: layer 1, transport a2a+all_gather, phase {phase}" in mate
+
+
+def _die_while_bytes_move(rank: int, watch: Watch) -> None:
+    """Half a gigabyte for each rank to receive; rank 2 is killed when it has taken part for a moment."""
+    group = dist.new_group(timeout=timedelta(seconds=LAUNCH_S))
+    assert group is not None
+    wire = Wire(group, transport="all_gather", layer=5, watch=watch)
+    watch.begin("step 7, forward and backward")
+    wire.all_gather(torch.ones(4), phase="forward/kv").wait()
+    pending = wire.all_gather(torch.ones(1 << 25), phase="backward/kv")
+    if rank == 2:
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    pending.wait()
+    raise ValueError("the exchange was over before its rank was killed")
+
+
+def test_ranks_end_when_one_is_killed_while_its_own_bytes_move(tmp_path: Path) -> None:
+    *survivors, dead = outcomes(_die_while_bytes_move, 3, tmp_path)
+    assert dead.code == -signal.SIGKILL
+    for rank, (code, message, after_s, _) in enumerate(survivors):
+        assert code == EXIT_RANKS and after_s < TIMEOUT_S, message
+        assert f"rank {rank} of 3: layer 5, transport all_gather, phase backward/kv" in message
+        assert "rank 2: gone: it has not answered" in message and "in step 7, forward and backward" in message
 
 
 def _stall(rank: int, watch: Watch) -> None:
@@ -176,13 +212,14 @@ def _stall(rank: int, watch: Watch) -> None:
 
 def test_a_rank_that_stalls_is_found_out_and_ended_with_the_others(tmp_path: Path) -> None:
     found = outcomes(_stall, 3, tmp_path)
-    assert [code for code, _, _ in found] == [EXIT_RANKS] * 3, found
+    assert [ended.code for ended in found] == [EXIT_RANKS] * 3, found
+    assert all(ended.lasted_s < TIMEOUT_S for ended in found), found
     for rank in (0, 2):
-        message = found[rank][1]
+        message = found[rank].message
         assert f"rank {rank} of 3 " in message and "layer 3, transport all_gather, phase forward/kv" in message
         assert "rank 1: alive, but in no exchange of attention; it was in step 5, reading rows" in message
         assert "gone:" not in message
-    assert "rank 1 of 3 busy: step 5, reading rows" in found[1][1]
+    assert "rank 1 of 3 busy: step 5, reading rows" in found[1].message
 
 
 def _fail_alone(rank: int, watch: Watch) -> None:
@@ -193,11 +230,11 @@ def _fail_alone(rank: int, watch: Watch) -> None:
 
 
 def test_a_rank_that_fails_alone_tells_the_others_who_do_not_wait_for_the_timeout(tmp_path: Path) -> None:
-    (code, _, _), other = outcomes(_fail_alone, 2, tmp_path)
-    assert code == 1
-    assert other[0] == EXIT_RANKS and other[2] < TIMEOUT_S
-    assert "transport pull, phase forward/x" in other[1]
-    assert "rank 0: failed by itself: ValueError: no such row, in step 9, reading rows" in other[1]
+    failed, other = outcomes(_fail_alone, 2, tmp_path)
+    assert failed.code == 1
+    assert other.code == EXIT_RANKS and other.after_s < TIMEOUT_S
+    assert "transport pull, phase forward/x" in other.message
+    assert "rank 0: failed by itself: ValueError: no such row, in step 9, reading rows" in other.message
 
 
 class _Store:

@@ -84,6 +84,8 @@ def _engines_that_disagree(rank: int, n: int) -> list[str]:
     texts.append(told(lambda: engine.train_step([row], lr=1e-3, step=42)))
     engine.set_stage(0)
     texts.append(told(lambda: engine.train_step([row], lr=1e-3, step=42)))
+    engine = engine_of(MIXED, cp=2, transport="pull" if rank else "all_gather")
+    texts.append(told(lambda: engine.train_step([row], lr=1e-3, step=42)))
     close_topology(keep_process_group=True)
     return texts
 
@@ -91,7 +93,7 @@ def _engines_that_disagree(rank: int, n: int) -> list[str]:
 def test_an_engine_refuses_a_step_that_its_ranks_do_not_agree_on() -> None:
     found, same = run_ranks(_engines_that_disagree, 2)
     assert found == same
-    step, documents, tokens, lr, mode, stage, agreed = found
+    step, documents, tokens, lr, mode, stage, agreed, transport = found
     assert "step: 41 on rank 0, 42 on rank 1" in step or "step: 42 on rank 1, 41 on" in step
     assert "cu_seqlens: " in documents and "(0, 1, 24, 24, 50, 61) of sample 0 on" in documents
     assert "tokens: checksum" in tokens and "cu_seqlens" not in tokens
@@ -99,3 +101,4 @@ def test_an_engine_refuses_a_step_that_its_ranks_do_not_agree_on() -> None:
     assert "work: " in mode and "scores, full attention on" in mode
     assert "stage: " in stage and "attention='full'" in stage
     assert agreed == ""
+    assert "sharding: " in transport and "transport 'all_gather'" in transport and "transport 'pull'" in transport

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moba_kernels import Pack
+from moba_train.parallel.emulation import ThreadGroup, run_threads
 from moba_train.parallel.halo import halo_plan, key_halo
 from moba_train.parallel.shard import Layout, shard, shard_pieces, shard_positions
 from tests.distributed import run_ranks
+from tests.parallel.sharded_case import NoHostRead
 
 LAYOUTS: tuple[Layout, ...] = ("zigzag", "contiguous")
 # (tokens, cu_seqlens): even cut, uneven cut with empty and one-token documents, fewer tokens than the halo spans
@@ -103,6 +106,25 @@ def test_every_halo_slot_names_the_token_before_the_piece(
             for token in range(start - halo, start)
         ]
         assert [table[row] if row >= 0 else None for row in plan.taken] == wanted
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_read_from_the_device_for_a_halo_of_a_row_that_is_known(layout: Layout) -> None:
+    num_tokens, cu_seqlens = ROWS[1]
+    pack = Pack(cu_seqlens)
+
+    def rank_main(group: ThreadGroup) -> None:
+        x = shard(torch.ones(num_tokens, 2), 0, num_ranks=3, rank=group.rank(), layout=layout).requires_grad_()
+
+        def layer() -> None:
+            halo = key_halo(x, 2, num_tokens=num_tokens, layout=layout, group=group, pack=pack)
+            torch.autograd.grad(halo.sum(), x)
+
+        layer()
+        with NoHostRead():  # type: ignore[no-untyped-call]
+            layer()
+
+    run_threads(rank_main, 3)
 
 
 def test_one_rank_needs_no_group_and_a_halo_of_nothing_is_empty() -> None:

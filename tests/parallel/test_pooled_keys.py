@@ -5,15 +5,20 @@ One process stands in for N ranks here; the exchange over real ranks is tested w
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moba_kernels import Pack, mean_keys, pool_sums
-from moba_train.parallel.pooled_keys import assemble, chunk_owners, contribution, exchange_plan
+from moba_kernels import MoBA, Pack, mean_keys, pool_sums
+from moba_train.parallel.emulation import ThreadGroup, run_threads
+from moba_train.parallel.pooled_keys import assemble, chunk_owners, contribution, exchange_plan, global_means
 from moba_train.parallel.shard import Layout, shard, shard_positions
+from moba_train.parallel.wire import Wire
+from tests.parallel.sharded_case import NoHostRead
 
 layouts = st.sampled_from(("zigzag", "contiguous"))
 document_lengths = st.lists(st.integers(0, 40), min_size=1, max_size=6)
@@ -81,3 +86,31 @@ def test_a_million_token_row_exchanges_a_megabyte_a_layer() -> None:
     owners = chunk_owners(Pack([0, 1 << 20]), 4096, num_ranks=8, layout="zigzag")
     assert len(owners.straddling) == 0
     assert 8 * owners.most_whole * 8 * 128 * 4 <= 1.1e6
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_nothing_is_read_from_the_device_for_the_exchange_of_a_row_that_is_known(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both exchanges and the means; pooling and scores are the operator's affair."""
+    pack, spec = _pack([30, 1, 61]), MoBA(8, 3)  # no shard ends where a chunk does
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(pack.num_tokens, 2, 8, generator=generator)
+
+    def rank_main(group: ThreadGroup) -> torch.Tensor:
+        k = shard(whole, 0, num_ranks=3, rank=group.rank(), layout=layout)
+        positions = torch.from_numpy(shard_positions(pack.num_tokens, 3, group.rank(), layout))
+
+        def layer() -> torch.Tensor:
+            return global_means(Wire(group), k, spec, layout=layout, pack=pack, positions_S=positions)
+
+        pooled[threading.get_ident()] = pool_sums(k, pack=pack, chunk_size=8, k_positions=positions)
+        layer()
+        with NoHostRead():  # type: ignore[no-untyped-call]
+            return layer()
+
+    pooled: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    monkeypatch.setattr("moba_train.parallel.pooled_keys.pool_sums", lambda *_, **__: pooled[threading.get_ident()])
+    means = run_threads(rank_main, 3)
+    assert chunk_owners(pack, 8, num_ranks=3, layout=layout).straddling.size
+    assert all(torch.equal(of_rank, means[0]) for of_rank in means)

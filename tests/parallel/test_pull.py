@@ -366,3 +366,27 @@ def test_exchanges_start_before_what_does_not_need_them_and_the_host_reads_sizes
     assert picks == [*asking, *second_half, *REST]
     known = ["start forward/kv", "32 queries, 4 heads", "wait forward/kv"]
     assert _logs(Case("full", (0, 64), Full()), monkeypatch) == [*known, *REST]
+
+
+def test_rows_and_heads_are_found_where_their_product_is_past_2_to_the_31() -> None:
+    num_heads, num_tokens = 4096, (1 << 20) + 3
+    pack = Pack([0, num_tokens - 1, num_tokens])  # the last token is a document, and so a part, of its own
+    cut = row_cut(pack, 2, "contiguous")
+
+    def rank_main(group: ThreadGroup) -> None:
+        spec, nothing = MoBA(1 << 17, 2), torch.zeros(0)
+        call = ShardedCall(spec, pack, cut, group.rank(), Wire(group), nothing, None, None, "auto")
+        geometry = pull_plan._geometry(call, torch.device("cpu"))
+        last_KP = torch.zeros(num_heads, len(geometry.start_P), dtype=torch.bool)
+        last_KP[:, -1] = True
+        of_rank_0, of_rank_1 = (np.array([[one] * num_heads, [not one] * num_heads], np.int64) for one in (True, False))
+        asked_NKQ = torch.stack([last_KP[:, geometry.held], torch.zeros_like(last_KP[:, geometry.held])])
+        plan = pull_plan.PullPlan(geometry, last_KP, asked_NKQ, wanted_NK=of_rank_1, asked_NK=of_rank_0)
+        if group.rank() == 1:
+            row = (1 << 19) * num_heads  # of the last token of this shard
+            assert plan.sent_index(0, num_heads).tolist() == [row + head for head in range(num_heads)]
+        else:
+            rows, tokens = plan.pulled_index(num_heads - 1, plan.received_places(0, num_heads)[-1])
+            assert (rows.tolist(), tokens.tolist()) == ([num_heads - 1], [num_tokens - 1])
+
+    run_threads(rank_main, 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moba_train.config.load import load_config
 from moba_train.config.schema import HardwareConfig, RunConfig
+from moba_train.parallel.hardware import PRESETS
 from moba_train.plan_view import build_plan, render_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,3 +55,7 @@ def test_an_automatic_choice_shows_what_comes_next_and_what_cannot_serve() -> No
         assert len(overheads) == 2 and overheads == sorted(overheads)
     assert text.count("  a2a cannot serve: ") == 1  # for MoBA and full layers alike: 8 query heads, 16 ranks
     assert "  route_queries cannot serve: " in text
+    read_ms = 1e3 * PRESETS["h100"].host_read_s
+    assert f"pull and route_queries hold a host read a MoBA layer, {read_ms:.3g} ms of what is exposed" in " ".join(
+        text.split()
+    )
