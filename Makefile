@@ -139,7 +139,7 @@ demo: $(READY) ## Prepare, train on 2 ranks, stop, resume, find the needle, repo
 	@launch/demo.sh "$(BIN)" "$(DEMO_RANKS)" "$(DEMO_RUN)"
 
 .PHONY: million
-million: $(READY) ## One step on a document of 1,048,576 tokens on two CPU ranks, and its memory (some 8 minutes on 2 cores, 11 GiB)
+million: $(READY) ## One step on a document of 1,048,576 tokens on two CPU ranks, and its memory (4 to 8 minutes on 2 cores, 11 GiB)
 	@$(BIN)/moba-train prep stdlib --out data/million --vocab-size 4096 --join
 	@$(BIN)/moba-train plan configs/million_cpu.toml
 	@rm -rf runs/million
