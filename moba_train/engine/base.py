@@ -39,6 +39,8 @@ class StepResult:
         memory: component -> GiB of the rank that needs most, when `measure_memory` was asked for; see `memory`.
         peak_memory_gib: the most that a rank has held at once so far.
         comm: `comm/*` numbers, where a row is shared by several ranks: see `step_traffic`.
+        waited_s: seconds that computing stood still for their exchanges, on the rank that waited longest; None where
+            nobody timed it (on CUDA: when `measure_memory` was not asked for).
     """
 
     loss: float
@@ -49,6 +51,7 @@ class StepResult:
     memory: dict[str, float] = field(default_factory=dict)
     peak_memory_gib: float = 0.0
     comm: dict[str, float | str] = field(default_factory=dict)
+    waited_s: float | None = None
 
 
 @dataclass(frozen=True)

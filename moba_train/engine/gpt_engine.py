@@ -27,7 +27,7 @@ from moba_train.engine.measured import hardware_of_state, measured_state
 from moba_train.engine.megatron_score import broadcast_from_last_stage, picks_at
 from moba_train.engine.memory import GIB, MemoryMeter, largest_gib, release_unused
 from moba_train.engine.phases import OnPhase, Phase, watched
-from moba_train.engine.step_traffic import busiest_bytes
+from moba_train.engine.step_traffic import exchange_numbers
 from moba_train.model.gpt import FillWeights, Gpt, build_gpt
 from moba_train.model.plan import attention_plan, count_parameters
 from moba_train.model.routing_stats import routing_numbers, routing_totals
@@ -38,7 +38,7 @@ from moba_train.parallel.fingerprint import check_agreement
 from moba_train.parallel.measure import hardware_of_run
 from moba_train.parallel.rules import AUTO_TRANSPORTS
 from moba_train.parallel.topology import Topology
-from moba_train.parallel.traffic import Traffic
+from moba_train.parallel.traffic import Traffic, Waits
 from moba_train.parallel.watch import Watch
 from moba_train.quiet import ignore_known_advice
 
@@ -146,7 +146,7 @@ class GptEngine(ABC):
         if not rows:
             raise ValueError("train_step needs at least one row; got none; fix: give every data-parallel rank a row")
         contexts: list[RowContext] = []
-        traffic = Traffic()
+        traffic = Traffic(waits=Waits(on_device=measure_memory))  # on log steps, as everything that costs
         self._step = step
         watch = self.topology.watch
         with watch.during(f"step {step}, agreement"):
@@ -164,12 +164,12 @@ class GptEngine(ABC):
         with watch.during(f"step {step}, loss and optimizer"):
             loss, num_tokens = self._mean_loss(sums)
             plan, device = self._transports, self.topology.device
-            comm = {} if plan is None else busiest_bytes(traffic, plan, len(rows), device)
+            comm, waited_s = ({}, None) if plan is None else exchange_numbers(traffic, plan, len(rows), device)
             norm, taken = self._take_step(lr=lr, loss_is_finite=math.isfinite(loss))
             routing = self._routing_numbers(contexts) if collect_routing else {}
             memory = largest_gib(self._memory.end_step(), device) if measure_memory else {}
         peak_gib = memory.get("peak") or self._memory.peak / GIB
-        return StepResult(loss, num_tokens, norm, not taken, routing, memory, peak_gib, comm)
+        return StepResult(loss, num_tokens, norm, not taken, routing, memory, peak_gib, comm, waited_s)
 
     def _local_rows(
         self, rows: Sequence[Row], traffic: Traffic, contexts: list[RowContext] | None

@@ -96,6 +96,12 @@ class TransportPlan:
                 totals[phase] = max(totals.get(phase, 0.0), float(bytes_N.max()))
         return totals
 
+    def predicted_exposed_s(self, num_rows: int) -> float:
+        """Seconds that attention's exchanges do not hide, of the pipeline rank with most, for `num_rows` rows."""
+        cost_of = [(self.moba if isinstance(spec, MoBA) else self.full).cost for spec in self.specs]
+        stages = (layers_of_pipeline_rank(len(cost_of), self.pp, pp_rank) for pp_rank in range(self.pp))
+        return num_rows * max(sum(cost_of[layer].exposed_s for layer in layers) for layers in stages)
+
 
 def transport_plan(
     model: ModelConfig,

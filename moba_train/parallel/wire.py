@@ -56,7 +56,8 @@ class Pending:
         with self.wire.named(self.phase):
             if watch is not None:
                 watch.wait_begins(self.wire, self.phase)
-            self.work.wait()
+            with self.wire.traffic.waits.timed(any(x.is_cuda for x in self.kept)):
+                self.work.wait()
             if watch is not None:
                 watch.wait_is_over()
             return self.finish()

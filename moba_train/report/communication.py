@@ -1,8 +1,8 @@
-"""What the report says about bytes between context-parallel ranks: predicted next to measured, stage by stage."""
+"""What the report says about exchanges between context-parallel ranks: predicted next to measured, stage by stage."""
 
 from __future__ import annotations
 
-from moba_train.model.transport_plan import format_bytes
+from moba_train.model.transport_plan import format_bytes, format_seconds
 from moba_train.report import page
 from moba_train.report.run_data import RunData, StageSpan, mean_number
 
@@ -18,9 +18,12 @@ def communication(run: RunData) -> list[str]:
         "Bytes of a step, mean over the steps of the stage, of the context-parallel rank that receives (sends) most: "
         "all its layers, forward, recompute and backward. Predicted: what the cost model expected of uniform routing; "
         "transports whose traffic follows from shapes meet it exactly, and pull and route_queries only as far as "
-        "routing is uniform and documents are as long as those of the stage's first rows."
+        "routing is uniform and documents are as long as those of the stage's first rows. Exposed: what the cost model "
+        "expected attention to wait for exchanges; waited: what the rank that waited longest did, for ranks that were "
+        "behind, too (on a GPU: log steps)."
     )
-    header = ("stage", "MoBA layers", "full layers", "predicted", "received", "received / predicted", "sent")
+    amounts = ("predicted", "received", "received / predicted", "sent", "exposed", "waited")
+    header = ("stage", "MoBA layers", "full layers", *amounts)
     phases = ("stage", "phase", "predicted", "received")
     return [
         page.paragraph(note),
@@ -35,7 +38,9 @@ def _stage_row(stage: StageSpan) -> tuple[str, ...]:
         mean_number(stage.steps, f"comm/{name}_bytes") or 0.0 for name in ("predicted", "received", "sent")
     )
     share = f"{received / predicted:.3f}" if predicted else "-"
-    return (stage.name, *names, format_bytes(predicted), format_bytes(received), share, format_bytes(sent))
+    seconds = (mean_number(stage.steps, name) for name in ("comm/predicted_exposed_s", "perf/comm_waited_s"))
+    times = ("-" if mean_s is None else format_seconds(mean_s) for mean_s in seconds)
+    return (stage.name, *names, format_bytes(predicted), format_bytes(received), share, format_bytes(sent), *times)
 
 
 def _phase_rows(stage: StageSpan) -> list[tuple[str, ...]]:

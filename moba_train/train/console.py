@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moba_train.engine.phases import Phase
-from moba_train.model.transport_plan import format_bytes
+from moba_train.model.transport_plan import format_bytes, format_seconds
 from moba_train.train.metrics import Record
 
 # What the evaluation line shows: title, key without "eval/" and attention, format.
@@ -160,7 +160,7 @@ def format_step(record: Record, *, total_steps: int, mean_step_s: float, remaini
         f"({record['perf/tokens_per_s_per_rank'] * faster:,.0f}/rank)",
         f"MFU {mfu}",
         f"mem {record['memory/peak_gib']:.2f} GiB",
-        *([f"comm {format_bytes(record['comm/received_bytes'])}"] if "comm/received_bytes" in record else []),
+        *([_exchanged(record)] if "comm/received_bytes" in record else []),
         f"density {record['train/density']:.3f}",
         f"ETA {format_duration(remaining_s)}",
     ]
@@ -170,6 +170,12 @@ def format_step(record: Record, *, total_steps: int, mean_step_s: float, remaini
         parts.append("no token counts, step skipped")
     scores = format_evaluation(record)
     return " | ".join(parts) + (f"\n  {scores}" if scores else "")
+
+
+def _exchanged(record: Record) -> str:
+    """Bytes between context-parallel ranks, and how long computing stood still for them."""
+    waited = f", waited {format_seconds(record['perf/comm_waited_s'])}" if "perf/comm_waited_s" in record else ""
+    return f"comm {format_bytes(record['comm/received_bytes'])}{waited}"
 
 
 def format_evaluation(record: Record) -> str:

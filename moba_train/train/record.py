@@ -110,4 +110,6 @@ def step_record(
         record["train/bad" if result.num_loss_tokens else "train/empty"] = True
     record |= {f"memory/{name}_gib": value for name, value in result.memory.items()}
     record |= {f"comm/{name}": value for name, value in result.comm.items()}
+    if result.waited_s is not None:
+        record["perf/comm_waited_s"] = result.waited_s
     return record | {f"moba/{name}": value for name, value in result.routing.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -21,6 +22,7 @@ from moba_train.parallel import collectives, context_attend, key_halo
 from moba_train.parallel.emulation import ThreadGroup, run_threads
 from moba_train.parallel.rules import TRANSPORT_NAMES, refusals
 from moba_train.parallel.shard import shard_length
+from moba_train.parallel.traffic import Waits
 from moba_train.parallel.watch import Watch, is_broken_exchange, plain_text
 from moba_train.parallel.wire import Pending, Wire
 from tests.distributed import run_ranks
@@ -204,3 +206,50 @@ def test_context_attention_and_its_gpu_check_need_no_package_but_torch_and_numpy
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.returncode) == ("imported\n", 0), done.stderr
+
+
+def _waits(rank: int, n: int) -> float:
+    """Seconds that this rank waited for an exchange that rank 1 comes to late."""
+    group = dist.group.WORLD
+    assert group is not None
+    wire = Wire(group)
+    wire.all_gather(torch.ones(1), phase="forward/x").wait()
+    before_s = wire.traffic.waits.seconds()
+    if rank == 1:
+        time.sleep(0.5)
+    wire.all_gather(torch.ones(1), phase="forward/x").wait()
+    return wire.traffic.waits.seconds() - before_s
+
+
+def test_a_rank_knows_how_long_it_waited_for_the_others() -> None:
+    ahead_s, late_s = run_ranks(_waits, 2)
+    assert 0.4 < ahead_s < 5.0 and late_s < 0.4
+
+
+def test_waits_of_a_gpu_are_timed_by_its_events_and_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at_ms = next(clock) ** 2
+
+        def synchronize(self) -> None:
+            synchronised.append(self.at_ms)
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at_ms - self.at_ms
+
+    synchronised: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timed, untimed = Waits(on_device=True), Waits()
+    for _ in range(2):
+        for waits in (timed, untimed):
+            with waits.timed(is_cuda=True):
+                pass
+    assert timed.seconds() == pytest.approx((1 + 5) / 1e3) and synchronised == [9]  # 0, 1; 4, 9
+    assert untimed.seconds() == 0.0

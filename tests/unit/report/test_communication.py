@@ -24,10 +24,12 @@ def test_predicted_bytes_stand_beside_measured_ones(make_run: Callable[..., Path
                 "comm/received_bytes/forward/kv": 3.5e6,
                 "comm/received_bytes/backward/dkv": 1.5e6,
                 "comm/transport_moba": "pull",
+                "comm/predicted_exposed_s": 0.0123,
+                **({"perf/comm_waited_s": 1.5} if line["step"] % 2 else {}),
             }
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = "".join(communication(load_run(run)))
-    cells = ("long", "pull", "-", "4 MB", "5 MB", "1.250", "4.1 MB")
+    cells = ("long", "pull", "-", "4 MB", "5 MB", "1.250", "4.1 MB", "12.3 ms", "1.5 s")
     texts = [f'<td class="text">{cell}</td>' for cell in cells[:3]] + [f"<td>{cell}</td>" for cell in cells[3:]]
     assert "<tr>" + "".join(texts) + "</tr>" in html
     assert '<td class="text">forward/kv</td><td>3 MB</td><td>3.5 MB</td>' in html

@@ -22,6 +22,9 @@ def line(record: dict[str, object]) -> str:
 
 def test_the_step_line_shows_received_bytes_where_there_are_any() -> None:
     assert "| comm 1.5 GB |" in line(a_record(1) | {"comm/received_bytes": 1.5e9})
+    assert "| comm 1.5 GB, waited 43.2 ms |" in line(
+        a_record(1) | {"comm/received_bytes": 1.5e9, "perf/comm_waited_s": 0.0432}
+    )
     assert "comm" not in line(a_record(1))
 
 
