@@ -281,7 +281,7 @@ def test_kv_heads_one_at_a_time_and_layers_share_the_tables_that_none_of_them_ch
 
 
 def test_what_a_pack_keeps_for_one_spec_serves_no_other():
-    cu, pack = [0, 50, 260], Pack([0, 50, 260])
+    cu, pack = [0, 30, 100], Pack([0, 30, 100])
     inputs = make_qkv(cu, dim=32, dtype=BF16)
     for spec in (MoBA(32, 3), Full(), MoBA(16, 3), MoBA(32, 2)):
         shared, alone = (run(*inputs, spec, row, routing_of(spec, row, 4, 2)) for row in (pack, Pack(cu)))
