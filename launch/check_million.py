@@ -29,7 +29,7 @@ def main(run_dir: Path) -> int:
     )
     for name, value, limit in limits:
         print(f"{name:<48} {value:8.2f}   limit {limit:6.1f}   {'ok' if value <= limit else 'BROKEN'}")
-    # Documents that are shorter than their row attend to less: the density tells them apart.
+    # Documents that are shorter than their row attend to a larger share of their pairs: the density tells them apart.
     rows = [
         (record["train/loss_tokens"], record["train/density"], length, _density(length))
         for record, length in ((before, SHORT), (last, LONG))

@@ -80,7 +80,7 @@ class GptEngine(ABC):
         self._seed = seed
         self._parallel = parallel
         dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
-        self._hardware = hardware_of_run(parallel.hardware, topology, dtype)
+        self._hardware = hardware_of_run(parallel.hardware, topology, dtype, engine.attention_backend)
         self._step = 0
         self._memory = MemoryMeter(topology.device)
         self._gpt: Gpt = build_gpt(model, engine, topology, seed=seed, fill=fill)
@@ -138,7 +138,8 @@ class GptEngine(ABC):
 
         Every data-parallel rank passes the same number of rows, at least one. A loss or gradient norm that is not
         finite, on any rank, leaves weights and optimizer state untouched on all (`skipped`). `collect_routing` looks
-        at the first row of each data-parallel rank. `measure_memory` costs about 0.1 ms a phase; all ranks ask for it.
+        at the first row of each data-parallel rank. `measure_memory` costs about 0.1 ms a phase, and on CUDA
+        times the waits for exchanges, too; all ranks ask for it.
 
         `step`, counted from 1, is named in messages. Raises ConfigError on every rank where ranks disagree on step,
         plan or rows, ExchangeError where a collective breaks off.

@@ -44,7 +44,10 @@ class _Table:
 
     def among(self, ranks: tuple[int, ...]) -> _Table:
         with self.lock:
-            return self.tables.setdefault(ranks, _Table.of(len(ranks), self.turn))
+            table = self.tables.setdefault(ranks, _Table.of(len(ranks), self.turn))
+            if self.barrier.broken:  # a rank has failed before these met for the first time
+                table.barrier.abort()
+            return table
 
     def wait(self) -> None:
         """Until all have come. The others need the turn meanwhile."""

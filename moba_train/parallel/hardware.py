@@ -42,7 +42,8 @@ class Hardware:
     attention_share: float
     """Share of the peak that full attention reaches, forward and backward together."""
     pick_pairs: float
-    """What a pick, or a query's own chunk, takes beyond its pairs, gate and lists included, in pairs at the peak."""
+    """What a pick, or a query's own chunk, takes beyond its pairs (lists, gathering, merging), in pairs at the peak.
+    The gate's products are no part of it: they are FLOPs at the rate of attention."""
     overlap: float
     """A second of communication beside computing slows the computing down by 1 - overlap seconds."""
     memory_bytes: float
@@ -68,8 +69,11 @@ _H100 = Hardware(
     host_read_s=20e-6,
     bf16_flops=989.4e12,  # NVIDIA H100 SXM data sheet, without sparsity
     fp32_flops=66.9e12,
-    attention_share=0.46,  # H200, the Triton kernels: 456 TFLOP/s over a document of 32K tokens, D = 128
-    pick_pairs=900.0,  # fitted to 115, 249, 396 and 399 TFLOP/s with chunks of 128, 512, 4096 and 8192: 10 % at most
+    # The Triton kernels on an H200, D = 128, forward and backward: 456 TFLOP/s where 4096/12 covers a document of 32K
+    # tokens, which is full attention; and 115, 249, 396, 399 with chunks of 128, 512, 4096, 8192 from 128K tokens on,
+    # which this fits to within 10 %. Short rows reach less: the host is their limit.
+    attention_share=0.46,
+    pick_pairs=900.0,
     overlap=0.8,
     memory_bytes=80e9,
 )

@@ -31,10 +31,10 @@ _SMALL, _LARGE = 4 << 10, 4 << 20
 _REPEATS = 3
 
 
-def hardware_of_run(config: HardwareConfig, mesh: Topology, dtype: torch.dtype) -> Hardware:
+def hardware_of_run(config: HardwareConfig, mesh: Topology, dtype: torch.dtype, backend: str) -> Hardware:
     """Collective over all ranks of the job, and the same on all: rank 0's device decides, or the slowest rank's times.
 
-    dtype: of the run's attention.
+    dtype, backend: of the run's attention.
     """
     device = mesh.device
     name = ranks.from_rank_0(lambda: torch.cuda.get_device_name(device) if device.type == "cuda" else "")
@@ -42,20 +42,31 @@ def hardware_of_run(config: HardwareConfig, mesh: Topology, dtype: torch.dtype) 
     hardware = with_overrides(PRESETS[known], replace(HardwareConfig(), node_ranks=config.node_ranks))
     if config.preset == "measured" and mesh.cp > 1:
         node_ranks = max(1, hardware.node_ranks // mesh.tp)
-        hardware = measure(hardware, mesh.cp_group, node_ranks=node_ranks, device=device, dtype=dtype)
+        hardware = measure(hardware, mesh.cp_group, node_ranks=node_ranks, device=device, dtype=dtype, backend=backend)
     return with_overrides(hardware, replace(config, node_ranks="preset"))
 
 
-def measure(hardware: Hardware, group: Group, *, node_ranks: int, device: torch.device, dtype: torch.dtype) -> Hardware:
-    """`hardware` with what was measured in place of its assumptions. Takes less than a second where links are fast."""
+def measure(
+    hardware: Hardware,
+    group: Group,
+    *,
+    node_ranks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Hardware:
+    """`hardware` with what was measured in place of its assumptions.
+
+    Takes less than a second where links are fast, and as long as its kernels take to be compiled on a new GPU.
+    """
     num_ranks, rank = group.size(), group.rank()
     node = [r for r in range(num_ranks) if r // node_ranks == rank // node_ranks]
     place = [r for r in range(num_ranks) if r % node_ranks == rank % node_ranks]
     near = _link(Wire(group, transport="measurement"), node, device)
     far = _link(Wire(group, transport="measurement"), place, device)
     collectives.forget_among(group)  # nodes of unequal size: some are also groups of a transport
-    flops, attend = _attention(device, dtype)
-    times = (*near, *far, _seconds(attend), _host_read_s(device))
+    flops, attend_once = _attention(device, dtype, backend)
+    times = (*near, *far, _seconds(attend_once), _host_read_s(device))
     near_small, near_large, far_small, far_large, attention_s, host_read_s = _slowest(times)
     near_peers, far_peers = min(node_ranks, num_ranks) - 1, -(-num_ranks // node_ranks) - 1
     peak = flops / attention_s / hardware.attention_share
@@ -90,7 +101,7 @@ def _link(wire: Wire, members: Sequence[int], device: torch.device) -> tuple[flo
     return _seconds(exchange(_SMALL)), _seconds(exchange(_LARGE))
 
 
-def _attention(device: torch.device, dtype: torch.dtype) -> tuple[float, Callable[[], None]]:
+def _attention(device: torch.device, dtype: torch.dtype, backend: str) -> tuple[float, Callable[[], None]]:
     """(FLOPs of it, full attention forward and backward): long enough for a steady rate."""
     num_tokens, num_heads, num_kv_heads, dim = (16384, 16, 4, 128) if device.type == "cuda" else (1024, 4, 2, 64)
     q, k, v = (
@@ -100,7 +111,7 @@ def _attention(device: torch.device, dtype: torch.dtype) -> tuple[float, Callabl
     dout = torch.ones_like(q)
 
     def attend_once() -> None:
-        _settle(torch.autograd.grad(attend(q, k, v, Full()).out, (q, k, v), dout)[0])
+        _settle(torch.autograd.grad(attend(q, k, v, Full(), backend=backend).out, (q, k, v), dout)[0])
 
     # two products of 2 D a pair forward, five backward
     return 14.0 * dim * num_heads * num_tokens * (num_tokens + 1) / 2, attend_once

@@ -19,8 +19,9 @@ def communication(run: RunData) -> list[str]:
         "all its layers, forward, recompute and backward. Predicted: what the cost model expected of uniform routing; "
         "transports whose traffic follows from shapes meet it exactly, and pull and route_queries only as far as "
         "routing is uniform and documents are as long as those of the stage's first rows. Exposed: what the cost model "
-        "expected attention to wait for exchanges; waited: what the rank that waited longest did, for ranks that were "
-        "behind, too (on a GPU: log steps)."
+        "expected attention's exchanges to cost, with host reads of sizes and what hidden exchanges take from "
+        "computing; waited: how long computing stood still on the rank that waited longest, for ranks that were behind "
+        "and for the key convolution's exchanges, too (on a GPU: log steps)."
     )
     amounts = ("predicted", "received", "received / predicted", "sent", "exposed", "waited")
     header = ("stage", "MoBA layers", "full layers", *amounts)

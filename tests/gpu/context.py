@@ -25,6 +25,7 @@ from moba_train.parallel.all_gather import AllGather
 from moba_train.parallel.context_attention import TRANSPORTS, attend_shard
 from moba_train.parallel.rules import refusals
 from moba_train.parallel.shard import Layout, shard, shard_positions
+from moba_train.parallel.traffic import Traffic, Waits
 from moba_train.parallel.transport import ShardedCall, row_cut
 from moba_train.parallel.wire import Wire
 from tests.distributed import run_ranks
@@ -63,14 +64,15 @@ def _group_of_all(rank: int, n: int, exchange: str) -> dist.ProcessGroup:
 
 def check_nccl(shape: Shape, backend: str, device: str = "cuda") -> str:
     """Every transport over a group of one rank of its own: NCCL takes what it is given, in stream order, and gives what
-    `attend` gives."""
+    `attend` gives. The host waits for nothing but the sizes that pull and route_queries read behind an event, and what
+    the stream waits for is timed."""
     return str(*run_ranks(_alone, 1, shape, backend, device, method=_method(device)))
 
 
 def _alone(rank: int, n: int, shape: Shape, backend: str, device: str) -> str:
     group = _group_of_all(rank, n, "nccl" if device == "cuda" else "gloo")
     q, k, v, dout = make_inputs(shape, device)
-    served = 0
+    served, waits = 0, Waits(on_device=True)
     for spec in (shape.spec, Full()):
         whole = attend(q, k, v, spec, cu_seqlens=shape.pack, backend=backend, return_routing=True)
         alone = partial(attend, spec=spec, cu_seqlens=shape.pack, routing=whole.routing, backend=backend)
@@ -78,7 +80,8 @@ def _alone(rank: int, n: int, shape: Shape, backend: str, device: str) -> str:
         cut = row_cut(shape.pack, 1, "contiguous")
         positions = torch.arange(shape.tokens, device=device)
         routing = whole.routing.select(positions) if whole.routing is not None else None
-        call = ShardedCall(spec, shape.pack, cut, 0, Wire(group), positions, routing, None, backend)  # type: ignore[arg-type]
+        wire = Wire(group, Traffic(waits=waits))
+        call = ShardedCall(spec, shape.pack, cut, 0, wire, positions, routing, None, backend)  # type: ignore[arg-type]
         for name, transport in TRANSPORTS.items():
             if refusals(name, spec, num_heads=shape.heads, num_kv_heads=shape.kv_heads, num_ranks=1):
                 continue
@@ -86,8 +89,23 @@ def _alone(rank: int, n: int, shape: Shape, backend: str, device: str) -> str:
             for part, x, one in zip(NAMES, got, want, strict=True):
                 error = _gap(x, one) / max(1e-30, float(one.abs().max()))
                 assert error <= 2e-2, f"{name}, {part}: relative error {error:.3g}, allowed 0.02"
+            if device == "cuda":
+                _check_host_runs_ahead(partial(attend_shard, call=call, transport=transport), (q, k, v), dout)
             served += 1
+    if device == "cuda":
+        assert waits.events and 0.0 <= waits.seconds() < 60.0, f"{len(waits.events)} waits, {waits.seconds()} s"
     return f"{served} transports over a {dist.get_backend(group)} group of one rank"
+
+
+def _check_host_runs_ahead(run: Callable[..., AttendResult], inputs: Sequence[Tensor], dout: Tensor) -> None:
+    """Forward and backward of a row whose tables are there: PyTorch notices when the host waits for a number."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(run(*leaves).out, leaves, dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def check_overlap(shape: Shape, backend: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -79,6 +80,22 @@ def test_a_rank_that_fails_ends_all_threads_with_its_own_error() -> None:
     with pytest.raises(ValueError, match="rank 1 gives up"):
         run_threads(fails, 3)
     assert threading.active_count() < 50
+
+
+def test_a_rank_that_fails_ends_those_who_meet_among_themselves_for_the_first_time_later() -> None:
+    def fails(group: ThreadGroup) -> None:
+        if group.rank() == 0:
+            raise ValueError("rank 0 gives up")
+        if group.rank() == 2:
+            return
+        while not group.table.barrier.broken:  # it fails first, though it may run last
+            group.table.turn.release()
+            time.sleep(0.01)
+            group.table.turn.acquire()
+        Wire(group).among((0, 1)).all_gather(torch.zeros(1), phase="forward/x").wait()
+
+    with pytest.raises(ValueError, match="rank 0 gives up"):
+        run_threads(fails, 3)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 5, 8])

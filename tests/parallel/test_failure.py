@@ -78,9 +78,9 @@ def outcomes(body: Body, num_ranks: int, folder: Path) -> list[Ended]:
     first_s = min(ends.values(), default=0.0)
     found = []
     for rank, (process, job) in enumerate(zip(processes, jobs, strict=True)):
-        began, _, message = job[-1].read_text().partition("\n")
-        end_s = ends.get(rank, float("inf"))
-        found.append(Ended(process.exitcode, message, end_s - first_s, end_s - float(began)))
+        end_s, began = ends.get(rank, float("inf")), job[-1].with_suffix(".began")
+        lasted_s = end_s - float(began.read_text()) if began.exists() else float("inf")
+        found.append(Ended(process.exitcode, job[-1].read_text(), end_s - first_s, lasted_s))
     return found
 
 
@@ -92,7 +92,7 @@ def _rank_main(body: Body, rank: int, num_ranks: int, port: int, stderr: Path) -
     limit = timedelta(seconds=LAUNCH_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=limit)
     dist.barrier()
-    print(time.monotonic(), file=sys.stderr, flush=True)  # the same clock in all processes
+    stderr.with_suffix(".began").write_text(str(time.monotonic()))  # the same clock in all processes
     watch = Watch(CPU)
     try:
         with guarded(watch, timeout_s=TIMEOUT_S):
@@ -176,15 +176,16 @@ def test_ranks_of_a_grid_end_too_though_not_all_exchange_with_the_one_that_was_k
 
 
 def _die_while_bytes_move(rank: int, watch: Watch) -> None:
-    """Half a gigabyte for each rank to receive; rank 2 is killed when it has taken part for a moment."""
+    """A quarter of a gigabyte for each rank to receive; rank 2 is killed when it has taken part for a moment."""
     group = dist.new_group(timeout=timedelta(seconds=LAUNCH_S))
     assert group is not None
     wire = Wire(group, transport="all_gather", layer=5, watch=watch)
     watch.begin("step 7, forward and backward")
-    wire.all_gather(torch.ones(4), phase="forward/kv").wait()
-    pending = wire.all_gather(torch.ones(1 << 25), phase="backward/kv")
+    large = torch.ones(1 << 25)
+    wire.all_gather(torch.ones(4), phase="forward/kv").wait()  # all are here
+    pending = wire.all_gather(large, phase="backward/kv")
     if rank == 2:
-        time.sleep(0.05)
+        time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     pending.wait()
     raise ValueError("the exchange was over before its rank was killed")

@@ -215,15 +215,16 @@ def _waits(rank: int, n: int) -> float:
     wire = Wire(group)
     wire.all_gather(torch.ones(1), phase="forward/x").wait()
     before_s = wire.traffic.waits.seconds()
+    dist.barrier()
     if rank == 1:
-        time.sleep(0.5)
+        time.sleep(2.0)
     wire.all_gather(torch.ones(1), phase="forward/x").wait()
     return wire.traffic.waits.seconds() - before_s
 
 
 def test_a_rank_knows_how_long_it_waited_for_the_others() -> None:
     ahead_s, late_s = run_ranks(_waits, 2)
-    assert 0.4 < ahead_s < 5.0 and late_s < 0.4
+    assert ahead_s > 1.0 and late_s < 1.0
 
 
 def test_waits_of_a_gpu_are_timed_by_its_events_and_only_where_that_is_asked_for(

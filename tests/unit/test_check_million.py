@@ -24,8 +24,8 @@ def record(length: int, **changes: float) -> dict[str, Any]:
     } | changes
 
 
-def verdict(folder: Path, last: dict[str, Any]) -> int:
-    records = [record(CHECK["SHORT"]), record(CHECK["SHORT"]), last]
+def verdict(folder: Path, last: dict[str, Any], **before: float) -> int:
+    records = [record(CHECK["SHORT"]), record(CHECK["SHORT"], **before), last]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     code: int = CHECK["main"](folder)
     return code
@@ -44,7 +44,7 @@ def test_a_run_within_all_limits_passes(tmp_path: Path, capsys: pytest.CaptureFi
         {"perf/step_time_s": 721.0},
         {"perf/tokens_per_s": 3300.0},
         {"train/loss_tokens": (1 << 20) - 1},
-        {"train/density": 0.002},
+        {"train/density": 0.9},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -53,6 +53,11 @@ def test_each_limit_alone_fails_it(
 ) -> None:
     assert verdict(tmp_path, record(CHECK["LONG"], **changes)) == 1
     assert capsys.readouterr().out.count("BROKEN") == 1
+
+
+@pytest.mark.parametrize("changes", [{"train/loss_tokens": 4096}, {"train/density": 1.0}], ids=str)
+def test_the_shorter_row_is_held_to_be_one_document_too(changes: dict[str, float], tmp_path: Path) -> None:
+    assert verdict(tmp_path, record(CHECK["LONG"]), **changes) == 1
 
 
 def test_the_check_speaks_of_what_is_configured() -> None:
