@@ -144,10 +144,8 @@ def draw(steps: Steps) -> None:
     )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    steps = all_steps()
+def text(steps: Steps) -> str:
+    """The page."""
     facts = Facts(
         best=_fitting(steps["h100", M, True][64]),
         config=_fitting(step_on(llama_job(M), Mesh(4, 16, 1), PRESETS["h100"])),
@@ -156,8 +154,14 @@ def main() -> None:
         longest=longest_rows(),
         offload_share=max(step.offload_share for of_gpus in steps.values() for step in of_gpus.values() if step),
     )
-    text = page(tables(steps), facts)
-    (ROOT / "docs" / "scaling.md").write_text(text, encoding="utf-8")
+    return page(tables(steps), facts)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    steps = all_steps()
+    (ROOT / "docs" / "scaling.md").write_text(text(steps), encoding="utf-8")
     draw(steps)
     print("wrote docs/scaling.md and docs/images/scaling_{steps,bytes,balance,memory}.png")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,8 @@ from scaling_tables import (
     try_rows,
 )
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 H100 = PRESETS["h100"]
 
 
@@ -56,6 +58,13 @@ def test_the_page_has_the_balance_and_the_sensitivity_that_the_model_gives() -> 
 
 def test_the_page_has_what_the_transports_count() -> None:
     assert_on_page([*count_rows((8,)), *count_load_rows((8,)), *plan_rows((8,))])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_page_is_what_its_script_writes() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "scaling" / "make.py"))
+    assert script["text"](script["all_steps"]()) == PAGE
 
 
 def test_the_page_compares_itself_with_published_systems_by_the_model() -> None:
