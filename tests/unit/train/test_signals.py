@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,16 @@ def test_what_a_signal_leads_to_is_said_at_once_and_once() -> None:
     assert line.startswith("SIGUSR1: the run saves and stops after the step under way; a second SIGTERM")
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell script's `command &` has SIGINT ignored, and so have these tests if that ran them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_an_evaluation_breaks_off_for_any_of_them_as_it_does_for_ctrl_c(name: str) -> None:
+def test_an_evaluation_breaks_off_for_any_of_them_as_it_does_for_ctrl_c(name: str, ctrl_c: None) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), interrupting():
         os.kill(os.getpid(), getattr(signal, name))
