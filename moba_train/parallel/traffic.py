@@ -70,11 +70,6 @@ class Traffic:
         self.sent[phase] += sent
         self.received[phase] += received
 
-    def add_all(self, other: Traffic) -> None:
-        """Count everything that `other` counted."""
-        self.sent.update(other.sent)
-        self.received.update(other.received)
-
     def total_sent(self, direction: str = "") -> int:
         """Bytes sent; direction "forward" or "backward" = of that pass alone."""
         return sum(size for phase, size in self.sent.items() if phase.startswith(direction))

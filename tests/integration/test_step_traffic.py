@@ -77,11 +77,8 @@ def test_a_step_moves_the_bytes_that_its_plan_predicted(of_ranks: list[dict[str,
     for name, _, parallel in EXACT:
         notes, comm = of_ranks[0][name].notes, of_ranks[0][name].result.comm
         assert all((of_rank[name].notes, of_rank[name].result.comm) == (notes, comm) for of_rank in of_ranks), name
-        waited_s, expected_s = of_ranks[0][name].result.waited_s, comm["predicted_exposed_s"]
-        assert {of_rank[name].result.waited_s for of_rank in of_ranks} == {waited_s}, (
-            name
-        )  # of the one that waited most
-        assert waited_s is not None and 0 < waited_s < 60 and 0 < expected_s < 60, name  # type: ignore[operator]
+        (waited_s,) = {of_rank[name].result.waited_s for of_rank in of_ranks}  # of the one that waited longest
+        assert waited_s is not None and 0 < waited_s < 60, name
         assert comm["received_bytes"] == comm["predicted_bytes"] > 0, name
         phases = sum(size for key, size in comm.items() if key.startswith("received_bytes/"))  # type: ignore[misc]
         assert phases >= comm["received_bytes"], name  # phases may have different busiest ranks

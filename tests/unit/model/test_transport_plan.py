@@ -82,6 +82,15 @@ def test_bytes_of_a_step_are_those_of_all_layers_and_rows_of_the_busiest_pipelin
     assert staged.predicted("received", 1)[""] == max(2 * moba, moba + full) + 2 * halo
 
 
+def test_exposed_time_of_a_step_is_that_of_all_layers_and_rows_of_the_slowest_pipeline_rank() -> None:
+    plan = plan_of(parallel=replace(PARALLEL, transport="all_gather"))
+    moba_s, full_s = (kind.cost.exposed_s for kind in plan.kinds)
+    assert 0 < moba_s != full_s > 0
+    assert plan.predicted_exposed_s(5) == pytest.approx(5 * (3 * moba_s + full_s))
+    staged = plan_of(parallel=replace(PARALLEL, pp=2, transport="all_gather"))
+    assert staged.predicted_exposed_s(1) == pytest.approx(max(2 * moba_s, moba_s + full_s))
+
+
 def test_the_busiest_rank_is_the_one_that_counts() -> None:
     full = replace(STAGE, attention="full")
     plan = plan_of(stage=full, parallel=replace(PARALLEL, layout="contiguous", transport="pull"))
