@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial_backward, route
 from moba_kernels.attend import blocks as blocks_module
-from moba_kernels.attend import cpu_flash, fused, lists, masked
+from moba_kernels.attend import cpu_flash, fused, lists
 from moba_kernels.attend.blocks import causal_blocks, fitted
 from moba_kernels.attend.call import AttendCall
 from moba_kernels.attend.lists import average_list, chunk_lists, tile_rows_of
@@ -23,24 +22,23 @@ from .test_attend import SPECS, check_against_oracle, plain, run
 from .test_memory import LargestTensor
 from .test_partial import check_that_parts_merge_to_the_whole
 
-MANY_PICKS = MoBA(16, 100)  # for masks: see the test of where they are taken
-
 torch_backend = import_module("moba_kernels.attend.torch")
 
 
-@pytest.fixture(params=["lists", "tiles", "masks"])
+pytestmark = pytest.mark.usefixtures("pytorch_alone")
+
+
+@pytest.fixture(params=["lists", "tiles"])
 def at_any_size(request, monkeypatch):
-    """Small rows take the kernel too; picks go by lists, by tiles after the kernel's blocks, or by masks."""
+    """Small rows take the kernel too; picks go by lists, or by tiles after the kernel's blocks."""
     monkeypatch.setattr(fused, "MIN_KEYS", 0)
     monkeypatch.setattr(blocks_module, "MIN_QUERIES_OF_BLOCK", 0)
-    monkeypatch.setattr(masked, "_pays", lambda *sizes: request.param == "masks")
     monkeypatch.setattr(lists, "MIN_PAIRS_OF_LIST", 0 if request.param == "lists" else 1 << 60)
 
 
 @pytest.fixture
 def small_halves(monkeypatch):
     monkeypatch.setattr(blocks_module, "SMALLEST_HALF", 3)
-    monkeypatch.setattr(masked, "SIDE", 13)
 
 
 @pytest.mark.usefixtures("at_any_size", "small_halves")
@@ -55,14 +53,6 @@ def test_output_lse_gradients_and_pairs_are_the_oracles(cu, spec):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (8, 1), (6, 2)])
 def test_every_gqa_group_size(heads, kv_heads, spec):
     check_against_oracle([0, 11, 50], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
-
-
-@pytest.mark.usefixtures("at_any_size", "small_halves")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (6, 2)])
-def test_heads_go_together_by_the_number_of_threads(heads, kv_heads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for spec in (MoBA(8, 3), MoBA(8, 3, "group")):
-        check_against_oracle([0, 11, 50, 89], spec, heads=heads, kv_heads=kv_heads, dim=8, backends=["torch"])
 
 
 @pytest.mark.usefixtures("at_any_size")
@@ -117,7 +107,6 @@ def test_the_kernel_is_asked_whether_it_groups_and_not_the_version(monkeypatch):
 def test_work_cut_into_small_pieces_is_the_same(monkeypatch):
     monkeypatch.setattr(fused, "LIST_ELEMENTS", 1)
     monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(masked, "SIDE", 6)
     monkeypatch.setattr(lists, "RANGE_ENTRIES", 7)
     for spec in (Full(), MoBA(8, 3), MoBA(8, 3, "group")):
         check_against_oracle([0, 37, 90], spec, backends=["torch"])
@@ -203,62 +192,15 @@ def way_of_picks(cu, spec, heads, kv_heads, q_positions=None, value_dim=64):
     call = AttendCall(pack, q_positions, None, routing, 1.0, torch.float32)
     q, k, v = torch.empty(rows, heads, 64), torch.empty(cu[-1], kv_heads, 64), torch.empty(cu[-1], kv_heads, value_dim)
     work = torch_backend.work_of(call, q, k, v)
-    return "masks" if work.masked else "lists" if work.lists else "tiles"
+    return "lists" if work.lists else "tiles"
 
 
-def test_masks_are_taken_for_small_chunks_and_many_picks_of_a_whole_row():
+def test_picks_go_by_lists_where_these_are_long_and_q_k_and_v_share_a_head_dim():
     row, many = [0, 4096], MoBA(16, 100)
-    assert [way_of_picks(row, MoBA(16, topk), 8, 2) for topk in (6, 16, 64)] == ["tiles", "lists", "masks"]
-    assert [way_of_picks(row, MoBA(size, 1280 // size), 8, 2) for size in (16, 64, 128)] == ["masks", "lists", "lists"]
-    assert way_of_picks([*range(0, 4097, 128)], MoBA(16, 3), 8, 2) == "masks"
+    assert [way_of_picks(row, MoBA(16, topk), 8, 2) for topk in (6, 16, 64)] == ["tiles", "lists", "lists"]
     assert way_of_picks([*range(0, 4097, 256)], MoBA(32, 3), 8, 2) == "tiles"
-    assert way_of_picks([0, 65536], many, 8, 2) == "lists"
     assert way_of_picks(row, many, 8, 2, torch.arange(4095)) == "lists"  # a shard
     assert way_of_picks(row, many, 8, 2, value_dim=32) == "tiles"  # not for that kernel
-
-
-@pytest.mark.parametrize("select", ["head", "group"])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(64, 1, 128), (16, 16, 128), (8, 2, 64), (3, 1, 64)])
-@pytest.mark.parametrize("length", [64, 1000, 4096])
-def test_what_goes_under_masks_together_is_bounded_and_every_head_has_its_turn(
-    length, heads, kv_heads, dim, select, monkeypatch
-):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    pack, spec = Pack([*range(0, 8 * 4096 + 1, length)]), MoBA(16, 3, select)
-    picks = torch.full((pack.num_tokens, spec.routed_heads(heads, kv_heads), 2), -1)
-    edges, token = pack.segments(Full(), complete=True).edges, np.arange(pack.num_tokens)
-    documents = causal_blocks(token, token, edges)
-    work = masked.Masked.of(documents, Routing(picks, spec, pack, complete=True), heads, kv_heads)
-    seen = []
-    for stripe in work.stripes(dim):
-        (together, masks) = (x.stop - x.start for x in (stripe.q_heads, stripe.routed_heads))
-        for piece in stripe.pieces:
-            assert masks <= 8 and piece.count * piece.num_queries * piece.num_keys <= 1 << 20
-            assert together * piece.count * max(piece.num_queries, piece.num_keys) * dim <= 1 << 22
-        kv = range(heads)[stripe.q_heads][0] * kv_heads // heads
-        assert stripe.kv_heads.start == kv
-        assert stripe.routed_heads.start == stripe.q_heads.start * picks.shape[1] // heads
-        places = range(stripe.document.count)
-        first = stripe.pieces[0]
-        seen += [(first.first_query + i * first.stride, h) for i in places for h in range(heads)[stripe.q_heads]]
-    starts = [t for a, b in pairwise(edges) for t in range(a, b, masked.SIDE)]
-    assert sorted(seen) == sorted((t, h) for t in starts for h in range(heads))
-
-
-def test_documents_under_masks_beside_covered_ones_count_their_pairs_exactly_and_repeat_bitwise():
-    cu = [0, 100, 4300, 4310]
-    q, k, v, dout = make_qkv(cu, heads=2, kv_heads=1, dim=8, dtype=torch.float32)
-    first, *grads = run(q, k, v, dout, MANY_PICKS, cu)
-    again, *others = run(q, k, v, dout, MANY_PICKS, cu)
-    assert first.report.covered_documents == 2
-    first.report.raise_if_different()
-    assert torch.equal(first.out, again.out) and all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
-    want = run(q.double(), k.double(), v.double(), dout.double(), MANY_PICKS, cu, backend="flash", return_routing=True)
-    frozen = run(q, k, v, dout, MANY_PICKS, cu, routing=want[0].routing)
-    for got, exact in zip(
-        (frozen[0].out, frozen[0].lse, *frozen[1:]), (want[0].out, want[0].lse, *want[1:]), strict=True
-    ):
-        assert_close(got, exact, 2e-5)
 
 
 def test_scattered_queries_and_tiny_documents_are_no_union_of_blocks():
@@ -349,7 +291,7 @@ def test_the_stand_in_has_the_row_sum_that_was_asked_for_at_any_scale(size):
     assert ((row_sum - delta).abs() <= 1e-7 * delta.abs()).all()
 
 
-@pytest.mark.parametrize("spec", [Full(), MoBA(1024, 2), MoBA(512, 3, "group"), MoBA(300, 4), MANY_PICKS], ids=str)
+@pytest.mark.parametrize("spec", [Full(), MoBA(1024, 2), MoBA(512, 3, "group"), MoBA(300, 4), MoBA(16, 100)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_perturbed_future_tokens_leave_the_prefix_bitwise_the_same(spec, dtype):
     cu = [0, 700, 4500]

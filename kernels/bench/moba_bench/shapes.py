@@ -132,7 +132,7 @@ def small_of(shape: Shape, largest_chunk: int) -> Shape:
 
 
 LONG_GATES = Shape((4300,), 4, 2, 64, 512, 4), Shape((4300,), 2, 1, 64, 16, 100)
-"""On a CPU, backends take other ways for long rows (attend/fused.py, attend/masked.py): the gate must go them too."""
+"""On a CPU, backends take other ways for long rows (attend/fused.py): the gate must go them too."""
 
 
 def cpu_shapes() -> tuple[Shape, ...]:

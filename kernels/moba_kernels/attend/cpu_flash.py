@@ -1,7 +1,7 @@
 """The flash kernel that PyTorch ships for CPUs: it returns the log-sum-exp, and takes one head dim for q, k and v.
 
 q, dout, out [B, H, L, D]; k, v [B, K, M, D]; lse [B, H, L]; fp32 or fp64; strides are free but for the last dim, which
-must lie dense. mask [B, 1 or H, L, M], in their dtype, is added to the scaled scores. B batch, H query heads, K KV
+must lie dense. B batch, H query heads, K KV
 heads, L rows, M keys, D head dim.
 """
 
@@ -19,12 +19,10 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, scale, _ = with_positive_scale(q, scale)
-    out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = _FORWARD(q, k, v, 0.0, causal, scale=scale)
     return out, lse
 
 
@@ -37,11 +35,10 @@ def backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     q, scale, sign = with_positive_scale(q, scale)
-    dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
     return dq if sign == 1 else dq * sign, dk, dv
 
 

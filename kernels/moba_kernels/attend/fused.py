@@ -2,7 +2,7 @@
 
 It serves q, k and v of one head dim. What it is asked for comes in two forms:
 
-- blocks (blocks.py): causal squares and rectangles, read through strided views of q, k and v; masked.py adds a mask;
+- blocks (blocks.py): causal squares and rectangles, read through strided views of q, k and v;
 - lists: the rows that picked a chunk, gathered, against the chunk's keys where they lie. A row picks a chunk at most
   once, so merging a list in place cannot collide. Lists are cut into tiles of a fixed size, the last one filled, so
   that a row's tile depends only on itself and earlier rows.
@@ -92,8 +92,6 @@ class BlockViews:
     block: Block
     q_heads: slice
     kv_heads: slice
-    spread: bool = False
-    """The one KV head stands beside every query head: the kernel's backward gives whole KV heads to threads."""
 
     def of_queries(self, x: Tensor) -> Tensor:
         return view(x, self.block.first_query, self.block.num_queries, self.block, self.q_heads)
@@ -106,13 +104,8 @@ class BlockViews:
         return _ready(self.of_queries(x_THD), acc).transpose(1, 2)
 
     def keys(self, x_SKD: Tensor, acc: torch.dtype) -> Tensor:
-        """[B,K,L,D] as the kernel takes it, or [B,H,L,D]."""
-        keys = _ready(self.of_keys(x_SKD), acc).transpose(1, 2)
-        return keys.expand(-1, self.q_heads.stop - self.q_heads.start, -1, -1) if self.spread else keys
-
-    def add_to_keys(self, grad_SKD: Tensor, grad: Tensor) -> None:
-        """What the kernel returns for `keys`."""
-        self.of_keys(grad_SKD).add_((grad.sum(1, keepdim=True) if self.spread else grad).transpose(1, 2))
+        """[B,K,L,D] as the kernel takes it."""
+        return _ready(self.of_keys(x_SKD), acc).transpose(1, 2)
 
 
 def _together(num_heads: int, num_kv_heads: int) -> int:
@@ -144,62 +137,35 @@ def _block_views(block: Block, num_heads: int, num_kv_heads: int, dim: int) -> I
 
 def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, sums: Sums) -> None:
     """Write or merge one block's share of the output."""
-    for views in _block_views(block, q_THD.shape[1], k_SKD.shape[1], q_THD.shape[2]):
-        forward_views(q_THD, k_SKD, v_SKD, views, scale, sums)
-
-
-def forward_views(
-    q_THD: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    views: BlockViews,
-    scale: float,
-    sums: Sums,
-    mask: Tensor | None = None,
-) -> None:
-    """One call of the kernel; mask [B,1 or H,M,L] is added to the scores."""
-    acc, block = sums.out.dtype, views.block
+    acc = sums.out.dtype
     out_THD, lse_TH = sums.out[:-1].view(q_THD.shape), sums.lse[:-1].view(q_THD.shape[:2])
-    q, k, v = views.queries(q_THD, acc), views.keys(k_SKD, acc), views.keys(v_SKD, acc)
-    out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, block.causal, scale, mask))
-    into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
-    if block.fresh:
-        into.copy_(out)
-        into_lse.copy_(lse)
-        return
-    merged, share = joined(into_lse, lse)
-    into.lerp_(out, share.unsqueeze(-1))
-    into_lse.copy_(merged)
+    for views in _block_views(block, q_THD.shape[1], k_SKD.shape[1], q_THD.shape[2]):
+        q, k, v = views.queries(q_THD, acc), views.keys(k_SKD, acc), views.keys(v_SKD, acc)
+        out, lse = (x.transpose(1, 2) for x in cpu_flash.forward(q, k, v, block.causal, scale))
+        into, into_lse = views.of_queries(out_THD), views.of_queries(lse_TH)
+        if block.fresh:
+            into.copy_(out)
+            into_lse.copy_(lse)
+        else:
+            merged, share = joined(into_lse, lse)
+            into.lerp_(out, share.unsqueeze(-1))
+            into_lse.copy_(merged)
 
 
 def backward_block(
     q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, scale: float, grads: Gradients, stand_in: StandIn
 ) -> None:
     """Add one block's share of the gradients."""
-    for views in _block_views(block, q_THD.shape[1], k_SKD.shape[1], q_THD.shape[2]):
-        backward_views(q_THD, k_SKD, v_SKD, views, scale, grads, stand_in)
-
-
-def backward_views(
-    q_THD: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    views: BlockViews,
-    scale: float,
-    grads: Gradients,
-    stand_in: StandIn,
-    mask: Tensor | None = None,
-) -> None:
-    """One call of the kernel, as in `forward_views`."""
     acc = grads.dq.dtype
-    q, k, v = views.queries(q_THD, acc), views.keys(k_SKD, acc), views.keys(v_SKD, acc)
-    dout = views.queries(grads.dout_THD, acc)
-    out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
-    lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
-    dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, views.block.causal, scale, mask)
-    views.of_queries(grads.dq[:-1].view(q_THD.shape)).add_(dq.transpose(1, 2))
-    views.add_to_keys(grads.dk_SKD, dk)
-    views.add_to_keys(grads.dv_SKD, dv)
+    for views in _block_views(block, q_THD.shape[1], k_SKD.shape[1], q_THD.shape[2]):
+        q, k, v = views.queries(q_THD, acc), views.keys(k_SKD, acc), views.keys(v_SKD, acc)
+        dout = views.queries(grads.dout_THD, acc)
+        out = StandIn.fill(dout, *(views.of_queries(x).transpose(1, 2) for x in (stand_in.at_TH, stand_in.value_TH)))
+        lse = views.of_queries(grads.lse_TH).transpose(1, 2).contiguous()
+        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, block.causal, scale)
+        views.of_queries(grads.dq[:-1].view(q_THD.shape)).add_(dq.transpose(1, 2))
+        views.of_keys(grads.dk_SKD).add_(dk.transpose(1, 2))
+        views.of_keys(grads.dv_SKD).add_(dv.transpose(1, 2))
 
 
 def _pieces(of: ChunkList, dim: int, tile_rows: int) -> Iterator[tuple[slice, int]]:

@@ -1,13 +1,13 @@
 """The torch backend: any device, the default on CPU. Forward and backward by hand, no [T,S] tensor.
 
-Work comes in two parts, each done in one of two ways (attend/README.md):
+On CPU, where there is a C compiler and in any dtype but fp64, a kernel in C does all of it (native.py). Elsewhere work
+comes in two parts, each done in one of two ways (attend/README.md):
 
     causal segments    blocks through the built-in CPU kernel (fused.py)    or masked tiles in batched GEMMs (tiles.py)
     picks              lists, chunk by chunk, through that kernel           or tiles, slot by slot, in batched GEMMs
 
 The built-in kernel is taken on CPU where q, k and v share a head dim, for segments that are unions of blocks, and for
-picks whose lists are long enough to be worth a call each. Where chunks are small and picks many, it takes whole
-documents instead, both parts at once, under a mask of the picks (masked.py).
+picks whose lists are long enough to be worth a call each.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim.
 """
@@ -24,11 +24,10 @@ from torch import Tensor
 
 from ..pack import IntArray
 from ..report import PairTally, Partial
-from . import fused, masked
+from . import fused, native
 from .blocks import Block, causal_blocks, fitted
 from .call import AttendCall, accumulate_dtype, host_positions
 from .lists import ListPart, average_list, chunk_lists, worth_a_call
-from .masked import Masked, split_documents
 from .steps import Shape, Step, causal_steps, pick_steps, visible_keys
 from .sums import Gradients, Sums
 from .tiles import backward_steps, forward_steps
@@ -47,7 +46,6 @@ class Work:
     """One call, taken apart: every pair is in exactly one of these, which run in this order."""
 
     blocks: Sequence[Block] = ()
-    masked: Masked | None = None
     steps: Iterator[Step] | None = None
     lists: Iterator[ListPart] | None = None
 
@@ -64,11 +62,6 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
     served = fused.serves(q_THD, v_SKD)
     heads = shape.num_heads, shape.num_kv_heads
     max_queries, max_keys = fused.block_limits(*heads, q_THD.shape[2])
-    documents = split_documents(call, *heads, q_THD.shape[2]) if served else None
-    if documents is not None:
-        assert call.routing is not None
-        covered, others = documents
-        return Work(fitted(covered, max_queries, max_keys), Masked.of(others, call.routing, *heads))
     blocks = causal_blocks(query_T, key_S, segments.edges) if served else None
     if blocks is None:
         edges = segments.edges
@@ -88,7 +81,7 @@ def work_of(call: AttendCall, q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Wo
             picks = torch.where(takes_picks_T.to(picks.device)[:, None, None], picks, -1)
             steps.append(pick_steps(picks, key_edges_C, shape, q_THD.device))
     blocks = fitted(blocks or [], max_queries, max_keys)
-    return Work(blocks, None, chain.from_iterable(steps) if steps else None, lists)
+    return Work(blocks, chain.from_iterable(steps) if steps else None, lists)
 
 
 def _long_lists(call: AttendCall, shape: Shape, key_edges_C: IntArray) -> bool:
@@ -106,14 +99,15 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
     acc = accumulate_dtype(q_THD)
     num_queries, num_heads, _ = q_THD.shape
     value_dim = v_SKD.shape[2]
+    if num_queries and len(k_SKD) and native.serves(q_THD):
+        out_THD, lse_TH = native.forward(q_THD, k_SKD, v_SKD, call, tally)
+        return Partial(out_THD.to(call.result_dtype), lse_TH)
     sums = Sums.nothing(num_queries * num_heads, value_dim, q_THD, acc)
     work = work_of(call, q_THD, k_SKD, v_SKD)
     for block in work.blocks:
         fused.forward_block(q_THD, k_SKD, v_SKD, block, call.scale, sums)
         if tally is not None:
             tally.add(*block.pairs(num_heads))
-    if work.masked is not None:
-        masked.forward(q_THD, k_SKD, v_SKD, work.masked, call.scale, sums, tally)
     if work.steps is not None:
         forward_steps(work.steps, q_THD, k_SKD, v_SKD, call, sums, tally)
     for part in work.lists or ():
@@ -137,18 +131,20 @@ def attend_partial_backward(
     acc = accumulate_dtype(q_THD)
     num_queries, num_heads, dim = q_THD.shape
     lse_TH = torch.where(lse_TH == -torch.inf, 0.0, lse_TH).to(acc).contiguous()
+    delta_TH = delta_TH.to(acc).contiguous()
+    result = call.result_dtype
+    if num_queries and len(k_SKD) and native.serves(q_THD):
+        gradients = native.backward(dout_THD, q_THD, k_SKD, v_SKD, lse_TH, delta_TH, call)
+        return gradients[0].to(result), gradients[1].to(result), gradients[2].to(result)
     dq = q_THD.new_zeros((num_queries * num_heads + 1, dim), dtype=acc)
     dk, dv = (torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format) for x in (k_SKD, v_SKD))
-    grads = Gradients(dout_THD, lse_TH, delta_TH.to(acc).contiguous(), dq, dk, dv)
+    grads = Gradients(dout_THD, lse_TH, delta_TH, dq, dk, dv)
     work = work_of(call, q_THD, k_SKD, v_SKD)
     stand_in = fused.StandIn.of(dout_THD, grads.delta_TH)
     for block in work.blocks:
         fused.backward_block(q_THD, k_SKD, v_SKD, block, call.scale, grads, stand_in)
-    if work.masked is not None:
-        masked.backward(q_THD, k_SKD, v_SKD, work.masked, call.scale, grads, stand_in)
     if work.steps is not None:
         backward_steps(work.steps, q_THD, k_SKD, v_SKD, call, grads)
     for part in work.lists or ():
         fused.backward_lists(q_THD, k_SKD, v_SKD, part, call.scale, grads, stand_in)
-    result = call.result_dtype
     return dq[:-1].view(q_THD.shape).to(result), dk.to(result), dv.to(result)

@@ -1,0 +1,119 @@
+"""native.c compiled for this machine by its C compiler, once, and kept in the user's cache.
+
+The library's name is a digest of the sources, the flags and the compiler's own macros, which name the instructions that
+it may use here: a home directory that different nodes share holds one library for each kind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCES = ("native.c", "native_pack.h", "native_math.h")
+# Without -ffast-math: sums keep the order that they are written in, and NaN stays NaN.
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+# "This machine's instructions": compilers for x86 know the first, those for Arm the second.
+MACHINE_FLAGS = ("-march=native", "-mcpu=native")
+TIMEOUT_S = 120.0
+
+
+class NativeUnavailable(Exception):
+    """There is no library; the message says why, and what to do."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel, from the cache or made now (2 to 3 s). Raises NativeUnavailable."""
+    if platform.system() == "Windows":
+        raise NativeUnavailable("native.c needs POSIX threads, which Windows does not have")
+    compiler = _compiler()
+    machine, macros = _machine(compiler)
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(macros + repr((compiler, machine, FLAGS)).encode())
+    for name in SOURCES:
+        digest.update((folder / name).read_bytes())
+    name = f"attend-{digest.hexdigest()[:32]}.so"
+    try:
+        kept = _cache_folder() / name
+    except OSError as error:  # a home directory that cannot be written to: for this process only
+        with tempfile.TemporaryDirectory(prefix="moba_kernels-") as own:
+            return _made(compiler, machine, folder, Path(own) / name, f"no cache ({error})")
+    return _loaded(kept) if _is_ours(kept) else _made(compiler, machine, folder, kept, "")
+
+
+def _compiler() -> tuple[str, ...]:
+    """$CC, or the first of cc, gcc and clang."""
+    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        words = shlex.split(name)
+        if words and (path := shutil.which(words[0])):
+            return (path, *words[1:])
+    raise NativeUnavailable("no C compiler was found; install gcc or clang, or name one in CC")
+
+
+def _machine(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], bytes]:
+    """(the flag for this machine's instructions, if the compiler has one; the macros that it defines then)."""
+    for flags in (*((flag,) for flag in MACHINE_FLAGS), ()):
+        done = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
+        if done.returncode == 0:
+            return flags, done.stdout
+    raise NativeUnavailable(f"{compiler[0]} does not run: {_tail(done.stderr)}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{command[0]} does not run: {error}") from None
+
+
+def _tail(output: bytes) -> str:
+    return output.decode(errors="replace").strip()[-500:]
+
+
+def _cache_folder() -> Path:
+    """A folder that nobody else can write to. Raises OSError."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moba_kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder) or not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} can be written to by others, or not by this user")
+    return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Code is loaded from it: it exists, and this user alone can change it."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to: Path, note: str) -> ctypes.CDLL:
+    """Compiled aside and renamed, so that ranks which begin together do not see each other's halves."""
+    handle, aside = tempfile.mkstemp(prefix=".making-", suffix=".so", dir=to.parent)
+    os.close(handle)
+    try:
+        done = _run([*compiler, *FLAGS, *machine, "-o", aside, str(folder / SOURCES[0]), "-lm"])
+        if done.returncode:
+            raise NativeUnavailable(f"{compiler[0]} could not compile native.c: {_tail(done.stderr)} {note}".rstrip())
+        os.chmod(aside, 0o700)
+        os.replace(aside, to)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return _loaded(to)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # the file system may not allow code, say
+        raise NativeUnavailable(f"{path} cannot be loaded: {error}") from None

@@ -1,0 +1,223 @@
+/* Vectors of fp32, e^x, and products of small matrices: what native.c computes with.
+ *
+ * One width of vector is chosen when this is compiled, the widest that the compiler may use here. GCC and clang both
+ * know vector types; the only instruction that is asked for by name is the maximum, which neither finds by itself.
+ */
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+/* W lanes a vector; PANEL vectors across and as many rows as registers hold accumulators for. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define W 16
+#define PANEL 4
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define W 8
+#define PANEL 2
+#else
+#define W 4
+#define PANEL 4
+#endif
+#define MOST_ROWS 12
+
+#define INLINE static inline __attribute__((always_inline))
+typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int64_t i64;
+
+INLINE i64 min64(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 max64(i64 a, i64 b) { return a > b ? a : b; }
+INLINE i64 up(i64 a, i64 to) { return (a + to - 1) / to * to; }
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vf load(const float *from) { return *(const vf *)from; }
+INLINE void store(float *to, vf x) { *(vf *)to = x; }
+INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+/* n < W: that many lanes, the others 0. */
+INLINE vf load_part(const float *from, i64 n)
+{
+    vf x = {0};
+    if (n >= W) return load(from);
+    memcpy(&x, from, n * sizeof(float));
+    return x;
+}
+
+INLINE void store_part(float *to, vf x, i64 n)
+{
+    if (n >= W) store(to, x);
+    else memcpy(to, &x, n * sizeof(float));
+}
+
+#if defined(__AVX512F__)
+INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+INLINE vf vmax(vf a, vf b) { return choose(a > b, a, b); }
+#endif
+INLINE vf vsum(vf a, vf b) { return a + b; }
+
+/* ROTATE(x, n): lane i + n (modulo W) in lane i. MIX: four lanes of a (0 .. 3) and b (4 .. 7). */
+#if W == 16
+#define EACH(f, n) f(0, n), f(1, n), f(2, n), f(3, n), f(4, n), f(5, n), f(6, n), f(7, n), f(8, n), f(9, n), f(10, n), \
+                   f(11, n), f(12, n), f(13, n), f(14, n), f(15, n)
+#elif W == 8
+#define EACH(f, n) f(0, n), f(1, n), f(2, n), f(3, n), f(4, n), f(5, n), f(6, n), f(7, n)
+#else
+#define EACH(f, n) f(0, n), f(1, n), f(2, n), f(3, n)
+#endif
+#define LANE(i, n) ((i) + (n)) % W
+#if defined(__clang__)
+#define ROTATE(x, n) __builtin_shufflevector(x, x, EACH(LANE, n))
+#define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t v4i __attribute__((vector_size(16)));
+#define ROTATE(x, n) __builtin_shuffle(x, (vi){EACH(LANE, n)})
+#define MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (v4i){i, j, k, l})
+#endif
+#define OVER_LANES(name, f)                                                                                          \
+    INLINE float name(vf x)                                                                                          \
+    {                                                                                                                \
+        if (W > 8) x = f(x, ROTATE(x, 8));                                                                           \
+        if (W > 4) x = f(x, ROTATE(x, 4));                                                                           \
+        x = f(x, ROTATE(x, 2));                                                                                      \
+        x = f(x, ROTATE(x, 1));                                                                                      \
+        return x[0];                                                                                                 \
+    }
+OVER_LANES(top_of, vmax)
+OVER_LANES(sum_of, vsum)
+
+/* e^x to about one unit in the last place; 0 below e^-87.3, where fp32 ends. NaN stays NaN.
+ *
+ * e^x = 2^n e^r with n the integer nearest to x / ln 2, found by adding 1.5 * 2^23, which leaves no place for a fraction;
+ * e^r is the polynomial of Cephes' expf, for |r| <= ln(2) / 2.
+ */
+INLINE vf vexp(vf x)
+{
+    const float lowest = -87.3f, highest = 88.3f, whole = 12582912.0f;
+    const vi below = x < lowest;
+    x = choose(below, splat(lowest), x);
+    x = choose(x > highest, splat(highest), x);
+    const vf shifted = x * 1.44269504088896341f + whole, n = shifted - whole;
+    const vf r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
+    vf y = splat(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    const vi power = ((vi)shifted - 0x4B400000 + 127) << 23; /* the bits of 2^n */
+    return choose(below, (vf){0}, y * (vf)power);
+}
+
+/* A matrix whose element (i, k) is at i * row + k * step. */
+typedef struct {
+    const float *data;
+    i64 row, step;
+} Matrix;
+
+/* c[i][column ..] (+)= a[i, :depth] b[:depth, NV vectors] for MR rows, `last` lanes of the last vector.
+ *
+ * Every element is one chain of products over k, whatever MR and NV: a row's bits do not depend on its neighbours.
+ */
+INLINE void multiply(const int MR, const int NV, i64 depth, Matrix a, const float *b, i64 b_row, float *const *c,
+                     i64 column, i64 last, bool add)
+{
+    vf sum[MOST_ROWS][PANEL];
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) sum[i][j] = (vf){0};
+    for (i64 k = 0; k < depth; k++) {
+        vf row[PANEL];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) row[j] = load(b + k * b_row + j * W);
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; i++) {
+            const vf x = splat(a.data[i * a.row + k * a.step]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) sum[i][j] += x * row[j];
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            float *to = c[i] + column + j * W;
+            const i64 lanes = j == NV - 1 ? last : W;
+            if (add) sum[i][j] += load_part(to, lanes);
+            store_part(to, sum[i][j], lanes);
+        }
+}
+
+/* The shapes of tiles: fewer vectors leave registers for more rows, and it takes some eight sums to keep the units busy. */
+#define ROWS_OF_ANY(f, NV) f(6, NV) f(4, NV) f(3, NV) f(2, NV) f(1, NV)
+#define ROWS_OF_1(f) f(12, 1) f(8, 1) ROWS_OF_ANY(f, 1)
+#if PANEL == 4
+#define ROWS_OF_2(f) f(12, 2) f(8, 2) ROWS_OF_ANY(f, 2)
+#else
+#define ROWS_OF_2(f) ROWS_OF_ANY(f, 2)
+#endif
+
+typedef void Tile(i64, Matrix, const float *, i64, float *const *, i64, i64, bool);
+#define DEFINE(MR, NV)                                                                                               \
+    static __attribute__((noinline)) void tile_##MR##_##NV(i64 depth, Matrix a, const float *b, i64 b_row,           \
+                                                           float *const *c, i64 column, i64 last, bool add)          \
+    {                                                                                                                \
+        multiply(MR, NV, depth, a, b, b_row, c, column, last, add);                                                  \
+    }
+ROWS_OF_1(DEFINE)
+ROWS_OF_2(DEFINE)
+#if PANEL == 4
+ROWS_OF_ANY(DEFINE, 3)
+ROWS_OF_ANY(DEFINE, 4)
+#endif
+
+INLINE Tile *tile_of(i64 rows, i64 vectors, i64 *taken)
+{
+#define TAKE(MR, NV)                                                                                                 \
+    if (rows >= MR) {                                                                                                \
+        *taken = MR;                                                                                                 \
+        return tile_##MR##_##NV;                                                                                     \
+    }
+    switch (vectors) {
+    case 1: ROWS_OF_1(TAKE) break;
+    case 2: ROWS_OF_2(TAKE) break;
+#if PANEL == 4
+    case 3: ROWS_OF_ANY(TAKE, 3) break;
+    case 4: ROWS_OF_ANY(TAKE, 4) break;
+#endif
+    }
+    return NULL;
+}
+
+/* b [rows, columns] in panels of PANEL vectors side by side: panel after panel, each [rows, its width], the last one
+ * narrower. Columns are whole vectors. As `plain` it is one row after another, as it would be anywhere.
+ */
+typedef struct {
+    float *data;
+    i64 rows, columns;
+    bool plain;
+} Panels;
+
+/* c[i][:columns] (+)= a[i, :depth] b[:depth, :columns] for `rows` rows. */
+static void product(i64 rows, i64 columns, i64 depth, Matrix a, Panels b, float *const *c, bool add)
+{
+    for (i64 column = 0; column < columns; column += PANEL * W) {
+        const i64 width = min64(PANEL * W, b.columns - column), some = min64(width, columns - column);
+        const i64 vectors = up(some, W) / W, last = some - (vectors - 1) * W;
+        const float *panel = b.data + (b.plain ? column : column * b.rows);
+        for (i64 row = 0, taken = 0; row < rows; row += taken) {
+            const Matrix from = {a.data + row * a.row, a.row, a.step};
+            tile_of(rows - row, vectors, &taken)(depth, from, panel, b.plain ? b.columns : width, c + row, column, last,
+                                                 add);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+"""Where the compiled kernel comes from: this machine's compiler, once, into a folder that is the user's alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_kernels import Full, attend
+from moba_kernels.attend import native, native_build
+
+COMPILER = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), "")
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler here")
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """`library`, asked anew, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return native_build.library.__wrapped__
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What was run to compile; asking for macros aside."""
+    seen = []
+    real = native_build._run
+    monkeypatch.setattr(native_build, "_run", lambda command: (seen.append(command), real(command))[1])
+    return lambda: [command for command in seen if "-E" not in command]
+
+
+def test_it_is_compiled_once_and_then_found(build, commands, tmp_path):
+    build()
+    (kept,) = (tmp_path / "moba_kernels").iterdir()
+    assert kept.suffix == ".so" and kept.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "moba_kernels").stat().st_mode & 0o777 == 0o700
+    build()
+    assert len(commands()) == 1
+    assert list((tmp_path / "moba_kernels").iterdir()) == [kept]
+
+
+def test_other_instructions_have_a_library_of_their_own(build, monkeypatch, tmp_path):
+    build()
+    monkeypatch.setenv("CC", f"{COMPILER} -DOTHER=1")
+    build()
+    assert len(list((tmp_path / "moba_kernels").iterdir())) == 2
+
+
+@pytest.mark.parametrize("spoiled", ["folder", "library"])
+def test_what_others_can_write_to_is_never_loaded(build, commands, tmp_path, spoiled):
+    build()
+    folder = tmp_path / "moba_kernels"
+    (kept,) = folder.iterdir()
+    (folder if spoiled == "folder" else kept).chmod(0o777)
+    build()
+    assert len(commands()) == 2  # made again, in a folder that is gone at once, or in its place
+    assert spoiled == "folder" or kept.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_folder_to_keep_it_in_it_is_made_for_this_process(build, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert build().moba_attend
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("", "no C compiler was found; install gcc or clang, or name one in CC"),
+        ("false", "false does not run"),
+        (f"{COMPILER} -Dmoba_attend=0", "could not compile native.c"),
+    ],
+)
+def test_why_there_is_none_is_said_once_and_pytorch_takes_its_place(build, compiler, reason, monkeypatch, caplog):
+    monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(native, "library", build)
+    available = native.available.__wrapped__
+    with caplog.at_level(logging.WARNING):
+        assert not available()
+    (line,) = caplog.messages
+    assert reason in line and line.startswith("attention on CPU runs without its compiled kernel")
+    monkeypatch.setattr(native, "available", lambda: False)
+    q = torch.randn(8, 1, 4)
+    assert attend(q, q, q, Full()).report.backend == "torch"
+
+
+AGAINST_FP64 = """
+import torch
+from moba_kernels import MoBA, Full, attend, route
+from moba_kernels.attend import native
+
+assert native.available()
+for spec in (Full(), MoBA(8, 3)):
+    x = [torch.randn(90, heads, dim, dtype=torch.float64) for heads, dim in ((4, 40), (2, 40), (2, 72))]
+    dout, found = torch.randn(90, 4, 72, dtype=torch.float64), []
+    routing = route(x[0], x[1], spec) if isinstance(spec, MoBA) else None
+    for dtype in (torch.float64, torch.float32):
+        leaves = [y.to(dtype).requires_grad_() for y in x]
+        out = attend(*leaves, spec, routing=routing, backend="torch").out
+        found.append((out, *torch.autograd.grad(out, leaves, dout.to(dtype))))
+    for exact, got in zip(*found):
+        assert (got - exact).abs().max() < 1e-5
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2", "-mno-avx"])
+def test_narrower_vectors_give_the_same_numbers(flags, tmp_path):
+    """What machines with other instructions compile."""
+    if "avx" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("these flags are for x86")
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "CC": f"{COMPILER} {flags}",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(root / "kernels"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", AGAINST_FP64], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "equal\n", done.stderr
