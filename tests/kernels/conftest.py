@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moba_kernels.attend import native
+from moba_kernels import native
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import torch
 from moba_bench.memory import forget_peak, peak_bytes, status_bytes
 
 from moba_kernels import Full, MoBA, Pack, attend
+from moba_kernels import native as native_kernels
 from moba_kernels.attend import flash, native
 from moba_kernels.attend import torch as torch_backend
 from moba_kernels.attend.lists import queries_at_once
@@ -67,7 +68,7 @@ def main(backend: str, tokens: str, *names: str) -> None:
     torch.manual_seed(0)
     if backend == "pytorch":
         backend = "torch"
-        native.available = lambda: False
+        native_kernels.available = lambda: False
     for name in ("full", "16x4"):
         forward_backward(64, name, backend)  # libraries load, threads start
     for name in names:

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial, attend_partial_backward, route
 from moba_kernels.attend import native
+from moba_kernels.native import Arguments, available
 
 from . import test_fused
 from .inputs import ROWS, assert_close, make_qkv
 from .test_attend import SPECS, check_against_oracle, run
 from .test_partial import check_that_parts_merge_to_the_whole
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler here")
+pytestmark = pytest.mark.skipif(not available(), reason="no C compiler here")
 
 FP32 = {"tolerance": 3e-6, "backends": ["torch"], "dtype": torch.float32}
 
@@ -34,8 +35,8 @@ def blocks(request, monkeypatch):
 def watched(monkeypatch):
     """The calls that the kernel ran: it did run."""
     calls = []
-    real = native.Native.run
-    monkeypatch.setattr(native.Native, "run", lambda self, **named: (calls.append(self.call), real(self, **named)))
+    real = Arguments.run
+    monkeypatch.setattr(Arguments, "run", lambda self, **named: (calls.append(self), real(self, **named)))
     yield calls
     assert calls
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_kernels import Full, attend
-from moba_kernels.attend import native, native_build
+from moba_kernels import Full, attend, native
 
 COMPILER = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), "")
 
@@ -25,15 +24,15 @@ def build(monkeypatch, tmp_path):
     """`library`, asked anew, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    return native_build.library.__wrapped__
+    return native.library.__wrapped__
 
 
 @pytest.fixture
 def commands(monkeypatch):
     """What was run to compile; asking for macros aside."""
     seen = []
-    real = native_build._run
-    monkeypatch.setattr(native_build, "_run", lambda command: (seen.append(command), real(command))[1])
+    real = native._run
+    monkeypatch.setattr(native, "_run", lambda command: (seen.append(command), real(command))[1])
     return lambda: [command for command in seen if "-E" not in command]
 
 
@@ -76,7 +75,7 @@ def test_without_a_folder_to_keep_it_in_it_is_made_for_this_process(build, monke
     [
         ("", "no C compiler was found; install gcc or clang, or name one in CC"),
         ("false", "false does not run"),
-        (f"{COMPILER} -Dmoba_attend=0", "could not compile native.c"),
+        (f"{COMPILER} -Dmoba_attend=0", "could not compile attend.c"),
     ],
 )
 def test_why_there_is_none_is_said_once_and_pytorch_takes_its_place(build, compiler, reason, monkeypatch, caplog):
@@ -96,8 +95,7 @@ def test_why_there_is_none_is_said_once_and_pytorch_takes_its_place(build, compi
 
 AGAINST_FP64 = """
 import torch
-from moba_kernels import MoBA, Full, attend, route
-from moba_kernels.attend import native
+from moba_kernels import Full, MoBA, attend, native, route
 
 assert native.available()
 for spec in (Full(), MoBA(8, 3)):

@@ -1,4 +1,4 @@
-/* Attention on the threads of a CPU: a query's own segment up to itself, and the chunks it picked. See README.md.
+/* Attention on the threads of a CPU: a query's own segment up to itself, and the chunks it picked. See attend/README.md.
  *
  * Forward: a thread owns the queries of a block under one KV head. Their results stay in its cache while it goes through
  * the keys, 256 at a time and packed for the products: first the segment, then chunk after chunk, each with the rows of
@@ -12,16 +12,17 @@
  * A row is one (query, head): query * H + head.
  */
 
-#include "native_pack.h"
+#include "products.h"
 
 #include <pthread.h>
+
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 enum { ROWS = 48, KEYS = 256, KEYS_BACKWARD = 128, WEIGHTS = KEYS + W /* a row of weights, off the powers of two */ };
 
-/* native.py has the same structure. */
+/* attend/native.py has the same structure. */
 typedef struct {
     Rows q, k, v, dout;
     float *out, *lse;      /* [T,H,Dv], [T,H]; backward reads lse */
@@ -59,6 +60,7 @@ typedef struct {
     pthread_mutex_t counts;
 } Job;
 
+/* The next `bytes` of an allocation that is laid out piece by piece; pieces begin at cache lines. */
 static void *take(char **at, i64 bytes)
 {
     void *here = *at;
@@ -350,12 +352,12 @@ int moba_attend(Call *call, int backward)
 {
     Job job = {.call = call, .backward = backward, .counts = PTHREAD_MUTEX_INITIALIZER};
     job.num_blocks = (call->num_queries + call->query_block - 1) / call->query_block;
-    pthread_t *threads = calloc(call->num_threads, sizeof *threads);
     job.done = calloc(call->num_kv_heads * call->num_ranges * job.num_blocks, 1);
-    i64 started = 0;
-    if (!threads || !job.done) job.failed = true;
-    while (!job.failed && started < call->num_threads - 1 && !pthread_create(threads + started, NULL, work, &job)) started++;
-    if (!job.failed) work(&job);
+    if (!job.done) return 1;
+    pthread_t *threads = calloc(call->num_threads, sizeof *threads);
+    i64 started = 0; /* the caller is one thread more; fewer do where no more can be had */
+    while (threads && started < call->num_threads - 1 && !pthread_create(threads + started, NULL, work, &job)) started++;
+    work(&job);
     for (i64 i = 0; i < started; i++) pthread_join(threads[i], NULL);
     free(threads);
     free(job.done);

@@ -1,4 +1,4 @@
-"""native.c compiled for this machine by its C compiler, once, and kept in the user's cache.
+"""A kernel in C for the CPU, compiled by this machine's C compiler, once, and kept in the user's cache.
 
 The library's name is a digest of the sources, the flags and the compiler's own macros, which name the instructions that
 it may use here: a home directory that different nodes share holds one library for each kind.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -17,8 +18,15 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-SOURCES = ("native.c", "native_pack.h", "native_math.h")
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+SOURCE = "attend.c"
+HEADERS = ("products.h", "rows.h", "vectors.h")
 # Without -ffast-math: sums keep the order that they are written in, and NaN stays NaN.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # "This machine's instructions": compilers for x86 know the first, those for Arm the second.
@@ -30,16 +38,82 @@ class NativeUnavailable(Exception):
     """There is no library; the message says why, and what to do."""
 
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_logger = logging.getLogger(__name__)
+
+
+def serves(q_THD: Tensor) -> bool:
+    """On CPU, in any dtype but fp64."""
+    return q_THD.device.type == "cpu" and q_THD.dtype in DTYPES and available()
+
+
+@cache
+def available() -> bool:
+    """Is there a compiled kernel? If not, a warning says why, once: PyTorch's own operations take their place."""
+    try:
+        library()
+    except NativeUnavailable as error:
+        _logger.warning("attention on CPU runs without its compiled kernel, at about half the speed: %s", error)
+        return False
+    return True
+
+
+class Rows(ctypes.Structure):
+    """A tensor [tokens, heads, dim]: rows.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+class Arguments:
+    """A structure as a kernel takes it; holds on to what it points to."""
+
+    def __init__(self, to: Any) -> None:
+        self.to = to
+        self._held: list[object] = []
+
+    def rows(self, name: str, x: Tensor) -> None:
+        """[tokens, heads, dim], read where it lies if its last dim is dense."""
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        self._held.append(x)
+        setattr(self.to, name, Rows(x.data_ptr(), x.stride(0), x.stride(1), DTYPES[x.dtype]))
+
+    def tensor(self, name: str, x: Tensor) -> None:
+        """A contiguous tensor."""
+        assert x.is_contiguous()
+        self._held.append(x)
+        setattr(self.to, name, x.data_ptr())
+
+    def array(self, name: str, x: npt.NDArray[Any], dtype: type = np.int64) -> None:
+        x = np.ascontiguousarray(x, dtype=dtype)
+        self._held.append(x)
+        setattr(self.to, name, x.ctypes.data)
+
+    def sizes(self, **values: int) -> None:
+        for name, value in values.items():
+            setattr(self.to, name, value)
+
+    def run(self, *, backward: bool) -> None:
+        """Raises MemoryError."""
+        if library().moba_attend(ctypes.byref(self.to), int(backward)):
+            raise MemoryError("attention on CPU: no memory for what its threads work in")
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The compiled kernel, from the cache or made now (2 to 3 s). Raises NativeUnavailable."""
     if platform.system() == "Windows":
-        raise NativeUnavailable("native.c needs POSIX threads, which Windows does not have")
+        raise NativeUnavailable("attend.c needs POSIX threads, which Windows does not have")
     compiler = _compiler()
     machine, macros = _machine(compiler)
     folder = Path(__file__).parent
     digest = hashlib.sha256(macros + repr((compiler, machine, FLAGS)).encode())
-    for name in SOURCES:
+    for name in (SOURCE, *HEADERS):
         digest.update((folder / name).read_bytes())
     name = f"attend-{digest.hexdigest()[:32]}.so"
     try:
@@ -102,9 +176,9 @@ def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to:
     handle, aside = tempfile.mkstemp(prefix=".making-", suffix=".so", dir=to.parent)
     os.close(handle)
     try:
-        done = _run([*compiler, *FLAGS, *machine, "-o", aside, str(folder / SOURCES[0]), "-lm"])
+        done = _run([*compiler, *FLAGS, *machine, "-o", aside, str(folder / SOURCE), "-lm"])
         if done.returncode:
-            raise NativeUnavailable(f"{compiler[0]} could not compile native.c: {_tail(done.stderr)} {note}".rstrip())
+            raise NativeUnavailable(f"{compiler[0]} could not compile attend.c: {_tail(done.stderr)} {note}".rstrip())
         os.chmod(aside, 0o700)
         os.replace(aside, to)
     finally:

@@ -1,4 +1,4 @@
-/* Vectors of fp32, e^x, and products of small matrices: what native.c computes with.
+/* Vectors of fp32, and e^x: what the kernels compute with.
  *
  * One width of vector is chosen when this is compiled, the widest that the compiler may use here. GCC and clang both
  * know vector types; the only instruction that is asked for by name is the maximum, which neither finds by itself.
@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* W lanes a vector; PANEL vectors across and as many rows as registers hold accumulators for. */
+/* W lanes a vector; a tile of a product is up to PANEL of them wide, so that registers hold its sums. */
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define W 16
@@ -22,7 +22,6 @@
 #define W 4
 #define PANEL 4
 #endif
-#define MOST_ROWS 12
 
 #define INLINE static inline __attribute__((always_inline))
 typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -115,109 +114,4 @@ INLINE vf vexp(vf x)
     y = y * (r * r) + r + 1.0f;
     const vi power = ((vi)shifted - 0x4B400000 + 127) << 23; /* the bits of 2^n */
     return choose(below, (vf){0}, y * (vf)power);
-}
-
-/* A matrix whose element (i, k) is at i * row + k * step. */
-typedef struct {
-    const float *data;
-    i64 row, step;
-} Matrix;
-
-/* c[i][column ..] (+)= a[i, :depth] b[:depth, NV vectors] for MR rows, `last` lanes of the last vector.
- *
- * Every element is one chain of products over k, whatever MR and NV: a row's bits do not depend on its neighbours.
- */
-INLINE void multiply(const int MR, const int NV, i64 depth, Matrix a, const float *b, i64 b_row, float *const *c,
-                     i64 column, i64 last, bool add)
-{
-    vf sum[MOST_ROWS][PANEL];
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) sum[i][j] = (vf){0};
-    for (i64 k = 0; k < depth; k++) {
-        vf row[PANEL];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) row[j] = load(b + k * b_row + j * W);
-#pragma GCC unroll 12
-        for (int i = 0; i < MR; i++) {
-            const vf x = splat(a.data[i * a.row + k * a.step]);
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) sum[i][j] += x * row[j];
-        }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) {
-            float *to = c[i] + column + j * W;
-            const i64 lanes = j == NV - 1 ? last : W;
-            if (add) sum[i][j] += load_part(to, lanes);
-            store_part(to, sum[i][j], lanes);
-        }
-}
-
-/* The shapes of tiles: fewer vectors leave registers for more rows, and it takes some eight sums to keep the units busy. */
-#define ROWS_OF_ANY(f, NV) f(6, NV) f(4, NV) f(3, NV) f(2, NV) f(1, NV)
-#define ROWS_OF_1(f) f(12, 1) f(8, 1) ROWS_OF_ANY(f, 1)
-#if PANEL == 4
-#define ROWS_OF_2(f) f(12, 2) f(8, 2) ROWS_OF_ANY(f, 2)
-#else
-#define ROWS_OF_2(f) ROWS_OF_ANY(f, 2)
-#endif
-
-typedef void Tile(i64, Matrix, const float *, i64, float *const *, i64, i64, bool);
-#define DEFINE(MR, NV)                                                                                               \
-    static __attribute__((noinline)) void tile_##MR##_##NV(i64 depth, Matrix a, const float *b, i64 b_row,           \
-                                                           float *const *c, i64 column, i64 last, bool add)          \
-    {                                                                                                                \
-        multiply(MR, NV, depth, a, b, b_row, c, column, last, add);                                                  \
-    }
-ROWS_OF_1(DEFINE)
-ROWS_OF_2(DEFINE)
-#if PANEL == 4
-ROWS_OF_ANY(DEFINE, 3)
-ROWS_OF_ANY(DEFINE, 4)
-#endif
-
-INLINE Tile *tile_of(i64 rows, i64 vectors, i64 *taken)
-{
-#define TAKE(MR, NV)                                                                                                 \
-    if (rows >= MR) {                                                                                                \
-        *taken = MR;                                                                                                 \
-        return tile_##MR##_##NV;                                                                                     \
-    }
-    switch (vectors) {
-    case 1: ROWS_OF_1(TAKE) break;
-    case 2: ROWS_OF_2(TAKE) break;
-#if PANEL == 4
-    case 3: ROWS_OF_ANY(TAKE, 3) break;
-    case 4: ROWS_OF_ANY(TAKE, 4) break;
-#endif
-    }
-    return NULL;
-}
-
-/* b [rows, columns] in panels of PANEL vectors side by side: panel after panel, each [rows, its width], the last one
- * narrower. Columns are whole vectors. As `plain` it is one row after another, as it would be anywhere.
- */
-typedef struct {
-    float *data;
-    i64 rows, columns;
-    bool plain;
-} Panels;
-
-/* c[i][:columns] (+)= a[i, :depth] b[:depth, :columns] for `rows` rows. */
-static void product(i64 rows, i64 columns, i64 depth, Matrix a, Panels b, float *const *c, bool add)
-{
-    for (i64 column = 0; column < columns; column += PANEL * W) {
-        const i64 width = min64(PANEL * W, b.columns - column), some = min64(width, columns - column);
-        const i64 vectors = up(some, W) / W, last = some - (vectors - 1) * W;
-        const float *panel = b.data + (b.plain ? column : column * b.rows);
-        for (i64 row = 0, taken = 0; row < rows; row += taken) {
-            const Matrix from = {a.data + row * a.row, a.row, a.step};
-            tile_of(rows - row, vectors, &taken)(depth, from, panel, b.plain ? b.columns : width, c + row, column, last,
-                                                 add);
-        }
-    }
 }
