@@ -1,4 +1,4 @@
-"""Attention by native/attend.c, which this machine's C compiler makes: all pairs of a call, forward and backward, on CPU.
+"""Attention by native/attend.c, which this machine's C compiler makes: all pairs of a call, both ways, on CPU.
 
 It takes fp32, bf16 and fp16 of any head dims, any documents, positions and picks. Sizes of blocks and ranges follow
 from the sizes of a call, never from the number of threads, and every sum has one order: bits are the same for any
