@@ -145,9 +145,7 @@ def test_the_order_of_running_does_not_matter(measured):
     assert max(found.left_behind) <= MIB
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("wide:512x4", id="lists"), pytest.param("wide:16x4", id="tiles"), "wide:16x64"]
-)
+@pytest.mark.parametrize("name", [pytest.param("wide:512x4", id="lists"), pytest.param("wide:16x4", id="tiles")])
 def test_scratch_of_a_wide_model_stays_under_the_documented_bound(name):
     tokens, heads, picks = 4096, SHAPES["wide"][0], spec_of(name.removeprefix("wide:")).num_picks
     (line,) = measure("pytorch", name, tokens=tokens)

@@ -194,6 +194,8 @@ def test_a_block_of_queries_follows_from_sizes():
     block = native.query_block
     assert block(32768, 2, 4, 128, 0, 0.0) == 256  # 512 KiB of q and out
     assert block(1 << 20, 8, 4, 256, 7, 4 * 7 / 8192) == 14043  # lists of 48 rows
-    assert block(1 << 20, 1, 4, 256, 100, 4 * 100 / 65536) == 2097  # the sort keeps to 16 MiB
     assert block(40, 1, 1, 128, 0, 0.0) == 32  # a short row, for more threads than one
     assert block(5, 1, 1, 128, 0, 0.0) == 5
+    for size in (block(1 << 20, 1, 64, 512, 4095, 4.0), block(1 << 20, 8, 1, 8, 1, 1e-6)):  # notes keep to 16 MiB
+        assert 1 <= size < 1 << 19
+    assert block(1 << 20, 1, 64, 512, 4095, 4.0) * 64 * 4095 * 20 <= 1 << 24

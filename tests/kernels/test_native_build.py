@@ -112,7 +112,7 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2", "-mno-avx"])
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
 def test_narrower_vectors_give_the_same_numbers(flags, tmp_path):
     """What machines with other instructions compile."""
     if "avx" not in Path("/proc/cpuinfo").read_text():

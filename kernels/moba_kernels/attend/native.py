@@ -25,13 +25,14 @@ from .steps import visible_keys
 SCRATCH_BYTES = 32 << 20
 BYTES_OF_ROW = 32
 # A block of queries under one KV head: what a thread reads and writes again and again, rows of q and out, fits its
-# cache in CACHE_BYTES; the list of a chunk has LIST_ROWS rows on average, so that packing its keys pays; picks take
-# BYTES_OF_ENTRY each while they are sorted, MAX_SORT_BYTES at most.
+# cache in CACHE_BYTES; the list of a chunk has LIST_ROWS rows on average, so that packing its keys pays; what a thread
+# notes of a block, BYTES_OF_ENTRY for a pick and BYTES_OF_NOTE for a row, stays within MAX_NOTES.
 CACHE_BYTES = 1 << 19
 LIST_ROWS = 48
 MIN_BLOCK = 32
 BYTES_OF_ENTRY = 20
-MAX_SORT_BYTES = 1 << 24
+BYTES_OF_NOTE = 24
+MAX_NOTES = 1 << 24
 # Cells of a backward pass, over all KV heads: enough ranges for as many threads to work side by side.
 MAX_RANGES = 16
 MIN_RANGE_KEYS = 256
@@ -138,8 +139,10 @@ def _num_ranges(num_keys: int, num_kv_heads: int) -> int:
 
 def query_block(num_queries: int, num_kv_heads: int, group: int, dims: int, slots: int, lists_of_query: float) -> int:
     """Queries of a block. lists_of_query: rows that a query adds to a chunk's list, on average."""
-    block = CACHE_BYTES // (4 * group * dims)
+    block = max(MIN_BLOCK, CACHE_BYTES // (4 * group * dims))
     if lists_of_query:
-        block = min(max(block, int(LIST_ROWS / lists_of_query)), MAX_SORT_BYTES // (BYTES_OF_ENTRY * group * slots))
+        block = max(block, int(LIST_ROWS / lists_of_query))
     # A short row is cut into some blocks even so, one for every thread.
-    return max(1, min(max(MIN_BLOCK, block), max(MIN_BLOCK, num_queries * num_kv_heads // MAX_RANGES), num_queries))
+    block = min(block, max(MIN_BLOCK, num_queries * num_kv_heads // MAX_RANGES), num_queries)
+    noted = group * (BYTES_OF_ENTRY * slots + BYTES_OF_NOTE + 4 * num_kv_heads)
+    return max(1, min(block, MAX_NOTES // noted))

@@ -118,7 +118,7 @@ def library() -> ctypes.CDLL:
     name = f"attend-{digest.hexdigest()[:32]}.so"
     try:
         kept = _cache_folder() / name
-    except OSError as error:  # a home directory that cannot be written to: for this process only
+    except (OSError, RuntimeError) as error:  # no home directory that can be written to: for this process only
         with tempfile.TemporaryDirectory(prefix="moba_kernels-") as own:
             return _made(compiler, machine, folder, Path(own) / name, f"no cache ({error})")
     return _loaded(kept) if _is_ours(kept) else _made(compiler, machine, folder, kept, "")
@@ -154,7 +154,7 @@ def _tail(output: bytes) -> str:
 
 
 def _cache_folder() -> Path:
-    """A folder that nobody else can write to. Raises OSError."""
+    """A folder that nobody else can write to. Raises OSError, or RuntimeError where there is no home directory."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moba_kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder) or not os.access(folder, os.W_OK):
