@@ -181,6 +181,28 @@ def test_rows_that_see_no_key_are_nothing_and_get_and_give_nothing(watched):
         assert (grad == 0).all()
 
 
+@pytest.mark.usefixtures("watched")
+def test_some_heads_of_a_routing_are_read_where_they_lie():
+    pack, spec = Pack([0, 90]), MoBA(8, 3)
+    q, k, v, _ = make_qkv([0, 90], dtype=torch.float32)
+    routing = route(q, k, spec, cu_seqlens=pack)
+    whole = attend_partial(q, k, v, spec, pack=pack, routing=routing)
+    for kv_head in (0, 1):
+        some = routing.of_kv_heads(kv_head, kv_head + 1, 2)
+        assert not some.stored.is_contiguous()
+        heads, kv = slice(2 * kv_head, 2 * kv_head + 2), slice(kv_head, kv_head + 1)
+        part = attend_partial(q[:, heads], k[:, kv], v[:, kv], spec, pack=pack, routing=some)
+        assert torch.equal(part.out, whole.out[:, heads]) and torch.equal(part.lse, whole.lse[:, heads])
+
+
+def test_infinite_numbers_of_narrow_dtypes_are_infinite():
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v, _ = make_qkv([0, 20], dtype=dtype)
+        v[0, 0, :2] = torch.tensor([torch.inf, -torch.inf])
+        out = attend(q, k, v, Full()).out
+        assert (out[:, :2, 0] == torch.inf).all() and (out[:, :2, 1] == -torch.inf).all()
+
+
 # What holds of PyTorch's own kernel holds of this one.
 test_perturbed_future_tokens_leave_the_prefix_bitwise_the_same = (
     test_fused.test_perturbed_future_tokens_leave_the_prefix_bitwise_the_same

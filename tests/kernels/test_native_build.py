@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_kernels import Full, attend, native
 
@@ -75,6 +76,7 @@ def test_without_a_folder_to_keep_it_in_it_is_made_for_this_process(build, monke
     [
         ("", "no C compiler was found; install gcc or clang, or name one in CC"),
         ("false", "false does not run"),
+        ('cc "-O', "No closing quotation"),
         (f"{COMPILER} -Dmoba_attend=0", "could not compile attend.c"),
     ],
 )
@@ -95,7 +97,7 @@ def test_why_there_is_none_is_said_once_and_pytorch_takes_its_place(build, compi
 
 AGAINST_FP64 = """
 import torch
-from moba_kernels import Full, MoBA, attend, native, route
+from moba_kernels import Full, MoBA, Pack, Routing, attend, native, route
 
 assert native.available()
 for spec in (Full(), MoBA(8, 3)):
@@ -108,14 +110,51 @@ for spec in (Full(), MoBA(8, 3)):
         found.append((out, *torch.autograd.grad(out, leaves, dout.to(dtype))))
     for exact, got in zip(*found):
         assert (got - exact).abs().max() < 1e-5
+
+# A list of one row, then of two, against a last panel of one vector.
+for size in (8, 24, 100):
+    pack, spec, t = Pack([0, 4 * size]), MoBA(size, 3), 2 * size
+    x = [torch.randn(4 * size, 1, 64) for _ in range(3)]
+    picks = torch.full((4 * size, 1, 2), -1)
+    picks[t, 0, 0] = 0
+    alone = attend(*x, spec, cu_seqlens=pack, routing=Routing(picks.clone(), spec, pack)).out[t]
+    picks[t + 5, 0, 0] = 0
+    assert torch.equal(alone, attend(*x, spec, cu_seqlens=pack, routing=Routing(picks, spec, pack)).out[t])
 print("equal")
 """
 
 
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
+def test_what_is_no_library_is_made_again(build, commands, monkeypatch, tmp_path):
+    build()
+    (kept,) = (tmp_path / "moba_kernels").iterdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # a process finds what it has loaded by its path
+    spoiled = tmp_path / "other" / "moba_kernels" / kept.name
+    spoiled.parent.mkdir(parents=True, mode=0o700)
+    spoiled.write_text("no library")
+    spoiled.chmod(0o700)
+    assert build().moba_attend and len(commands()) == 2
+    assert spoiled.read_bytes() == kept.read_bytes()
+
+
+def test_a_rank_that_is_ready_later_leaves_the_library_that_others_run(build, monkeypatch, tmp_path):
+    build()
+    (kept,) = (tmp_path / "moba_kernels").iterdir()
+    before, answers = kept.stat().st_ino, iter([True, False, True])  # the folder, not yet there, there
+    monkeypatch.setattr(native, "_is_ours", lambda path: next(answers))
+    build()
+    assert kept.stat().st_ino == before
+
+
+def test_tensors_without_memory_are_not_served():
+    with FakeTensorMode():
+        assert not native.serves(torch.empty(2, 1, 4))
+
+
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mtune=znver3", "-mno-avx512f -mno-avx2"])
 def test_narrower_vectors_give_the_same_numbers(flags, tmp_path):
     """What machines with other instructions compile."""
-    if "avx" not in Path("/proc/cpuinfo").read_text():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "avx" not in cpuinfo.read_text():
         pytest.skip("these flags are for x86")
     root = Path(__file__).parents[2]
     environment = {

@@ -2,7 +2,8 @@
 
 It takes fp32, bf16 and fp16 of any head dims, any documents, positions and picks. Sizes of blocks and ranges follow
 from the sizes of a call, never from the number of threads, and every sum has one order: bits are the same for any
-number of threads. A row's output depends, to the bit, on itself and earlier rows alone.
+number of threads. A row's output depends, to the bit, on itself and earlier rows alone, as long as
+those after it are finite.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, R heads
 that pick, P picks, C chunks, A ranges of keys.
@@ -21,7 +22,8 @@ from ..report import PairTally
 from .call import AttendCall, host_positions
 from .steps import visible_keys
 
-# What each thread takes beyond inputs and results, and what comes with every (query, head).
+# What each thread takes beyond inputs and results (head dims to 4096, fewer than a million chunks), and what comes with
+# every (query, head), two heads at least.
 SCRATCH_BYTES = 32 << 20
 BYTES_OF_ROW = 32
 # A block of queries under one KV head: what a thread reads and writes again and again, rows of q and out, fits its
@@ -43,6 +45,7 @@ _POINTERS = (
 )
 _SIZES = (
     *("num_queries", "num_heads", "num_kv_heads", "dim", "value_dim", "num_routed", "num_slots", "wide_picks"),
+    *("picks_token", "picks_head"),
     *("query_block", "num_ranges", "num_threads", "attended", "scored"),
 )
 
@@ -111,12 +114,12 @@ def _prepared(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, *, 
         geometry = call.pack.chunks(call.routing.spec.chunk_size)
         key_edges_C = np.searchsorted(key_S, np.append(geometry.start_C, call.pack.num_tokens))
         chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
-        stored = call.routing.stored.contiguous()
-        arguments.array("takes", ~call.segments.covered_C[chunk_T], np.uint8)
-        arguments.tensor("picks", stored)
+        stored = call.routing.stored
         _, num_routed, slots = stored.shape
-        arguments.sizes(num_routed=num_routed, num_slots=slots, wide_picks=stored.dtype == torch.int32)
+        arguments.array("takes", ~call.segments.covered_C[chunk_T], np.uint8)
         arguments.array("chunk_keys", key_edges_C)
+        arguments.sizes(num_routed=num_routed, num_slots=slots, wide_picks=stored.dtype == torch.int32)
+        arguments.picks(stored)
         num_chunks = len(key_edges_C) - 1
         num_ranges = min(num_ranges, num_chunks)
         range_chunks = np.arange(num_ranges + 1) * num_chunks // num_ranges

@@ -31,6 +31,8 @@ HEADERS = ("products.h", "rows.h", "vectors.h")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # "This machine's instructions": compilers for x86 know the first, those for Arm the second.
 MACHINE_FLAGS = ("-march=native", "-mcpu=native")
+# Tuned for some machines GCC for x86 takes single sums apart again, in tiles of one row alone: their bits would differ.
+GCC_X86_FLAGS = ("--param=avoid-fma-max-bits=0",)
 TIMEOUT_S = 120.0
 
 
@@ -44,8 +46,9 @@ _logger = logging.getLogger(__name__)
 
 
 def serves(q_THD: Tensor) -> bool:
-    """On CPU, in any dtype but fp64."""
-    return q_THD.device.type == "cpu" and q_THD.dtype in DTYPES and available()
+    """On CPU, in any dtype but fp64, for tensors that have memory of their own (not fake ones)."""
+    plain = type(q_THD) in (Tensor, torch.nn.Parameter)
+    return q_THD.device.type == "cpu" and q_THD.dtype in DTYPES and plain and available()
 
 
 @cache
@@ -53,7 +56,7 @@ def available() -> bool:
     """Is there a compiled kernel? If not, a warning says why, once: PyTorch's own operations take their place."""
     try:
         library()
-    except NativeUnavailable as error:
+    except (NativeUnavailable, OSError, ValueError) as error:  # no place for the library; $CC that is no command
         _logger.warning("attention on CPU runs without its compiled kernel, at about half the speed: %s", error)
         return False
     return True
@@ -89,6 +92,13 @@ class Arguments:
         self._held.append(x)
         setattr(self.to, name, x.data_ptr())
 
+    def picks(self, x: Tensor) -> None:
+        """[tokens, heads, picks], read where they lie if the last dim is dense: some heads of a routing, say."""
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        self._held.append(x)
+        self.sizes(picks_token=x.stride(0), picks_head=x.stride(1))
+        self.to.picks = x.data_ptr()
+
     def array(self, name: str, x: npt.NDArray[Any], dtype: type = np.int64) -> None:
         x = np.ascontiguousarray(x, dtype=dtype)
         self._held.append(x)
@@ -112,16 +122,22 @@ def library() -> ctypes.CDLL:
     compiler = _compiler()
     machine, macros = _machine(compiler)
     folder = Path(__file__).parent
-    digest = hashlib.sha256(macros + repr((compiler, machine, FLAGS)).encode())
+    digest = hashlib.sha256(macros + repr((compiler, machine, FLAGS, platform.libc_ver())).encode())
     for name in (SOURCE, *HEADERS):
         digest.update((folder / name).read_bytes())
     name = f"attend-{digest.hexdigest()[:32]}.so"
     try:
         kept = _cache_folder() / name
+        if _is_ours(kept):
+            try:
+                return ctypes.CDLL(str(kept))
+            except OSError:  # no library at all, or one for another system
+                kept.unlink()
+        return _made(compiler, machine, folder, kept)
     except (OSError, RuntimeError) as error:  # no home directory that can be written to: for this process only
-        with tempfile.TemporaryDirectory(prefix="moba_kernels-") as own:
-            return _made(compiler, machine, folder, Path(own) / name, f"no cache ({error})")
-    return _loaded(kept) if _is_ours(kept) else _made(compiler, machine, folder, kept, "")
+        with tempfile.TemporaryDirectory(prefix="moba_kernels-", ignore_cleanup_errors=True) as own:
+            _logger.info("the compiled kernel is not kept: %s", error)
+            return _made(compiler, machine, folder, Path(own) / name)
 
 
 def _compiler() -> tuple[str, ...]:
@@ -134,11 +150,12 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _machine(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], bytes]:
-    """(the flag for this machine's instructions, if the compiler has one; the macros that it defines then)."""
+    """(the flags for this machine's instructions, as far as the compiler has them; the macros that it defines then)."""
     for flags in (*((flag,) for flag in MACHINE_FLAGS), ()):
         done = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
         if done.returncode == 0:
-            return flags, done.stdout
+            gcc_x86 = b"__x86_64__" in done.stdout and b"__clang__" not in done.stdout
+            return (*flags, *(GCC_X86_FLAGS if gcc_x86 else ())), done.stdout
     raise NativeUnavailable(f"{compiler[0]} does not run: {_tail(done.stderr)}")
 
 
@@ -157,6 +174,7 @@ def _cache_folder() -> Path:
     """A folder that nobody else can write to. Raises OSError, or RuntimeError where there is no home directory."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moba_kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
     if not _is_ours(folder) or not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} can be written to by others, or not by this user")
     return folder
@@ -171,23 +189,19 @@ def _is_ours(path: Path) -> bool:
     return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to: Path, note: str) -> ctypes.CDLL:
-    """Compiled aside and renamed, so that ranks which begin together do not see each other's halves."""
+def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to: Path) -> ctypes.CDLL:
+    """Compiled aside, so that ranks which begin together never see halves; the first one to be ready stays, since
+    others may run it. Raises OSError where `to` cannot be written or loaded.
+    """
     handle, aside = tempfile.mkstemp(prefix=".making-", suffix=".so", dir=to.parent)
     os.close(handle)
     try:
         done = _run([*compiler, *FLAGS, *machine, "-o", aside, str(folder / SOURCE), "-lm"])
         if done.returncode:
-            raise NativeUnavailable(f"{compiler[0]} could not compile attend.c: {_tail(done.stderr)} {note}".rstrip())
+            raise NativeUnavailable(f"{compiler[0]} could not compile {SOURCE}: {_tail(done.stderr)}")
         os.chmod(aside, 0o700)
-        os.replace(aside, to)
+        if not _is_ours(to):
+            os.replace(aside, to)
     finally:
         Path(aside).unlink(missing_ok=True)
-    return _loaded(to)
-
-
-def _loaded(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:  # the file system may not allow code, say
-        raise NativeUnavailable(f"{path} cannot be loaded: {error}") from None
+    return ctypes.CDLL(str(to))

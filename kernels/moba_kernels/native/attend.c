@@ -29,11 +29,12 @@ typedef struct {
     float *dq, *dk, *dv;   /* [T,H,D], [S,K,D], [S,K,Dv], added to */
     const float *delta;    /* [T,H] */
     const i64 *own_begin, *own_end; /* [T]: the keys of a query's segment up to itself */
-    const void *picks;     /* [T,R,P] uint16 (65535 = none) or int32 (-1 = none); NULL without picks */
+    const void *picks;     /* [T,R,P], P dense: uint16 (65535 = none) or int32 (-1 = none); NULL without picks */
     const uint8_t *takes;  /* [T]: does the query take its picks? */
     const i64 *chunk_keys; /* [C+1]: chunk c has keys chunk_keys[c] .. chunk_keys[c+1] - 1 of those at hand */
     const i64 *range_keys, *range_chunks; /* [A+1] */
     i64 num_queries, num_heads, num_kv_heads, dim, value_dim, num_routed, num_slots, wide_picks;
+    i64 picks_token, picks_head; /* elements from one to the next */
     i64 query_block, num_ranges, num_threads;
     i64 attended, scored; /* counted here */
     double scale;
@@ -256,7 +257,7 @@ static void picked(const Call *call, Scratch *s, bool backward, i64 kv_head, i64
     i64 num = 0;
     for (i64 t = first; t < stop; t++)
         for (i64 r = 0; call->takes[t] && r < routed; r++) {
-            const i64 at = (t * call->num_routed + kv_head * routed + r) * slots;
+            const i64 at = t * call->picks_token + (kv_head * routed + r) * call->picks_head;
             const i64 row = t * call->num_heads + kv_head * group + r * members;
             for (i64 p = 0; p < slots; p++) { /* no branch, which would be guessed wrong half of the time */
                 const i64 chunk = pick_of(call, at + p) - chunk0;
@@ -354,9 +355,10 @@ int moba_attend(Call *call, int backward)
     job.num_blocks = (call->num_queries + call->query_block - 1) / call->query_block;
     job.done = calloc(call->num_kv_heads * call->num_ranges * job.num_blocks, 1);
     if (!job.done) return 1;
-    pthread_t *threads = calloc(call->num_threads, sizeof *threads);
+    const i64 cells = call->num_kv_heads * job.num_blocks, most = min64(call->num_threads, cells);
+    pthread_t *threads = calloc(most, sizeof *threads);
     i64 started = 0; /* the caller is one thread more; fewer do where no more can be had */
-    while (threads && started < call->num_threads - 1 && !pthread_create(threads + started, NULL, work, &job)) started++;
+    while (threads && started < most - 1 && !pthread_create(threads + started, NULL, work, &job)) started++;
     work(&job);
     for (i64 i = 0; i < started; i++) pthread_join(threads[i], NULL);
     free(threads);
