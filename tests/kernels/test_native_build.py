@@ -75,7 +75,7 @@ def test_without_a_folder_to_keep_it_in_it_is_made_for_this_process(build, monke
     ("compiler", "reason"),
     [
         ("", "no C compiler was found; install gcc or clang, or name one in CC"),
-        ("false", "false does not run"),
+        ("false", "false does not run: exit code 1"),
         ('cc "-O', "No closing quotation"),
         (f"{COMPILER} -Dmoba_attend=0", "could not compile attend.c"),
     ],

@@ -2,8 +2,7 @@
 
 It takes fp32, bf16 and fp16 of any head dims, any documents, positions and picks. Sizes of blocks and ranges follow
 from the sizes of a call, never from the number of threads, and every sum has one order: bits are the same for any
-number of threads. A row's output depends, to the bit, on itself and earlier rows alone, as long as
-those after it are finite.
+number of threads. A row's output depends, to the bit, on itself and earlier rows alone, if later ones are finite.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, R heads
 that pick, P picks, C chunks, A ranges of keys.

@@ -34,13 +34,12 @@ MACHINE_FLAGS = ("-march=native", "-mcpu=native")
 # Tuned for some machines GCC for x86 takes single sums apart again, in tiles of one row alone: their bits would differ.
 GCC_X86_FLAGS = ("--param=avoid-fma-max-bits=0",)
 TIMEOUT_S = 120.0
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers are those of rows.h
 
 
 class NativeUnavailable(Exception):
     """There is no library; the message says why, and what to do."""
 
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _logger = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ def _machine(compiler: tuple[str, ...]) -> tuple[tuple[str, ...], bytes]:
         if done.returncode == 0:
             gcc_x86 = b"__x86_64__" in done.stdout and b"__clang__" not in done.stdout
             return (*flags, *(GCC_X86_FLAGS if gcc_x86 else ())), done.stdout
-    raise NativeUnavailable(f"{compiler[0]} does not run: {_tail(done.stderr)}")
+    raise NativeUnavailable(f"{compiler[0]} does not run: {_told(done)}")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
@@ -166,8 +165,8 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
         raise NativeUnavailable(f"{command[0]} does not run: {error}") from None
 
 
-def _tail(output: bytes) -> str:
-    return output.decode(errors="replace").strip()[-500:]
+def _told(done: subprocess.CompletedProcess[bytes]) -> str:
+    return done.stderr.decode(errors="replace").strip()[-500:] or f"exit code {done.returncode}"
 
 
 def _cache_folder() -> Path:
@@ -198,7 +197,7 @@ def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to:
     try:
         done = _run([*compiler, *FLAGS, *machine, "-o", aside, str(folder / SOURCE), "-lm"])
         if done.returncode:
-            raise NativeUnavailable(f"{compiler[0]} could not compile {SOURCE}: {_tail(done.stderr)}")
+            raise NativeUnavailable(f"{compiler[0]} could not compile {SOURCE}: {_told(done)}")
         os.chmod(aside, 0o700)
         if not _is_ours(to):
             os.replace(aside, to)
