@@ -6,16 +6,24 @@ import pytest
 import torch
 
 from moba_kernels import MoBA, Pack, Routing, mean_keys, pool_sums, random_routing, route, route_means
+from moba_kernels.route import native
 from moba_kernels.route.torch import sortable_
 
 from . import oracle
 from .inputs import ROWS, as_numpy, assert_same_choice, chosen_to_ids, make_qkv, moba_tuple
 
 SPECS = [MoBA(8, 1), MoBA(8, 3), MoBA(8, 3, "group"), MoBA(5, 2), MoBA(16, 50), MoBA(200, 2)]
-BACKENDS = ["reference", "torch"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture(params=["reference", "torch", "pytorch"])
+def backend(request):
+    """pytorch: the torch backend without its compiled kernels."""
+    if request.param == "pytorch":
+        request.getfixturevalue("pytorch_alone")
+        return "torch"
+    return request.param
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("cu", ROWS.values(), ids=ROWS.keys())
 def test_picks_are_the_oracles(cu, spec, backend):
@@ -24,7 +32,6 @@ def test_picks_are_the_oracles(cu, spec, backend):
         assert_same_choice(route(q, k, spec, cu_seqlens=cu, backend=backend), q, k, cu)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("select", ["head", "group"])
 def test_ties_of_small_integers_go_to_the_later_chunk(select, backend):
     # Power-of-two chunks of small integers: means and scores are exact, so most scores tie and all must agree.
@@ -35,7 +42,6 @@ def test_ties_of_small_integers_go_to_the_later_chunk(select, backend):
         assert torch.equal(route(q, k, spec, cu_seqlens=cu, backend=backend).chunk_ids, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_when_all_scores_tie_the_nearest_chunks_are_picked(backend):
     q, k = torch.zeros(64, 2, 8), torch.randn(64, 1, 8)
     q[1::2] = -0.0  # -0 and 0 are one score
@@ -51,11 +57,11 @@ def test_scores_sort_as_numbers_and_zeros_of_both_signs_tie():
 
 
 @pytest.mark.parametrize("heads", [1, 4, 8])
-def test_every_group_size_routes_as_the_oracle(heads):
+def test_every_group_size_routes_as_the_oracle(heads, backend):
     cu = [0, 30, 95]
     for spec in (MoBA(8, 3), MoBA(8, 3, "group")):
-        q, k, _, _ = make_qkv(cu, heads=heads, kv_heads=1)
-        assert_same_choice(route(q, k, spec, cu_seqlens=cu), q, k, cu)
+        q, k, _, _ = make_qkv(cu, heads=heads, kv_heads=1, dtype=torch.float32)
+        assert_same_choice(route(q, k, spec, cu_seqlens=cu, backend=backend), q, k, cu)
 
 
 def test_group_selection_is_one_pick_for_all_heads_of_a_kv_head():
@@ -66,15 +72,15 @@ def test_group_selection_is_one_pick_for_all_heads_of_a_kv_head():
     assert torch.equal(repeated[:, 0], repeated[:, 3]) and torch.equal(repeated[:, 4], repeated[:, 7])
 
 
-def test_the_same_query_gets_the_same_picks_whatever_else_is_in_the_call():
+def test_the_same_query_gets_the_same_picks_whatever_else_is_in_the_call(backend):
     cu, spec = [0, 300, 1000], MoBA(16, 4)
     q, k, _, _ = make_qkv(cu, dtype=torch.float32, heads=4, kv_heads=2, dim=64)
     pack = Pack(cu)
     means = mean_keys(*pool_sums(k, pack=pack, chunk_size=16))
-    whole = route_means(q, means, spec, pack=pack)
+    whole = route_means(q, means, spec, pack=pack, backend=backend)
     for step in (1, 3, 7, 129):
         positions = torch.arange(step // 2, cu[-1], step)
-        part = route_means(q[positions], means, spec, pack=pack, q_positions=positions)
+        part = route_means(q[positions], means, spec, pack=pack, q_positions=positions, backend=backend)
         assert part.equals(whole.select(positions))
 
 
@@ -214,3 +220,12 @@ def test_the_stored_routing_of_a_layer_with_a_million_tokens_stays_below_0_8_gb(
     )
     assert million.stored.dtype == stored.dtype == torch.uint16
     assert (1 << 20) * stored[0].numel() * stored.element_size() <= 0.8e9
+
+
+def test_a_block_of_the_compiled_gate_follows_from_sizes():
+    block = native.query_block
+    assert block(32768, 2, 4, 3) == 128  # 512 rows
+    assert block(1 << 20, 2, 1, 1023) == 128  # rows that keep many keys
+    assert block(1 << 20, 2, 4, 65000) == 1
+    assert block(100, 1, 1, 3) == 7  # a short row, for more threads than one
+    assert block(1, 8, 1, 3) == 1

@@ -37,6 +37,7 @@ MAX_NOTES = 1 << 24
 # Cells of a backward pass, over all KV heads: enough ranges for as many threads to work side by side.
 MAX_RANGES = 16
 MIN_RANGE_KEYS = 256
+FORWARD, BACKWARD = 0, 1
 
 _POINTERS = (
     *("out", "lse", "dq", "dk", "dv", "delta"),
@@ -67,7 +68,7 @@ def forward(
     arguments = _prepared(q_THD, k_SKD, v_SKD, call, backward=False)
     arguments.tensor("out", out_THD)
     arguments.tensor("lse", lse_TH)
-    arguments.run(backward=False)
+    arguments.run("moba_attend", FORWARD)
     if tally is not None:
         tally.add(arguments.to.attended, arguments.to.scored)
     return out_THD, lse_TH
@@ -84,7 +85,7 @@ def backward(
     arguments.rows("dout", dout_THD if dout_THD.dtype in DTYPES else dout_THD.float())
     for name, x in zip(("lse", "delta", "dq", "dk", "dv"), (lse_TH, delta_TH, *gradients), strict=True):
         arguments.tensor(name, x)
-    arguments.run(backward=True)
+    arguments.run("moba_attend", BACKWARD)
     return gradients[0], gradients[1], gradients[2]
 
 

@@ -1,4 +1,4 @@
-"""A kernel in C for the CPU, compiled by this machine's C compiler, once, and kept in the user's cache.
+"""Kernels in C for the CPU, compiled by this machine's C compiler, once, and kept in the user's cache.
 
 The library's name is a digest of the sources, the flags and the compiler's own macros, which name the instructions that
 it may use here: a home directory that different nodes share holds one library for each kind.
@@ -25,8 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-SOURCE = "attend.c"
-HEADERS = ("products.h", "rows.h", "vectors.h")
+SOURCES = ("attend.c", "gate.c")
+HEADERS = ("products.h", "rows.h", "threads.h", "vectors.h")
 # Without -ffast-math: sums keep the order that they are written in, and NaN stays NaN.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # "This machine's instructions": compilers for x86 know the first, those for Arm the second.
@@ -52,11 +52,11 @@ def serves(q_THD: Tensor) -> bool:
 
 @cache
 def available() -> bool:
-    """Is there a compiled kernel? If not, a warning says why, once: PyTorch's own operations take their place."""
+    """Are there compiled kernels? If not, a warning says why, once: PyTorch's own operations take their place."""
     try:
         library()
     except (NativeUnavailable, OSError, ValueError) as error:  # no place for the library; $CC that is no command
-        _logger.warning("attention on CPU runs without its compiled kernel, at about half the speed: %s", error)
+        _logger.warning("attention on CPU runs without its compiled kernels, at about half the speed: %s", error)
         return False
     return True
 
@@ -107,24 +107,24 @@ class Arguments:
         for name, value in values.items():
             setattr(self.to, name, value)
 
-    def run(self, *, backward: bool) -> None:
+    def run(self, function: str, *flags: int) -> None:
         """Raises MemoryError."""
-        if library().moba_attend(ctypes.byref(self.to), int(backward)):
-            raise MemoryError("attention on CPU: no memory for what its threads work in")
+        if library()[function](ctypes.byref(self.to), *flags):
+            raise MemoryError(f"{function}: no memory for what its threads work in")
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernel, from the cache or made now (2 to 3 s). Raises NativeUnavailable."""
+    """The compiled kernels, from the cache or made now (2 to 3 s). Raises NativeUnavailable."""
     if platform.system() == "Windows":
-        raise NativeUnavailable("attend.c needs POSIX threads, which Windows does not have")
+        raise NativeUnavailable("the kernels need POSIX threads, which Windows does not have")
     compiler = _compiler()
     machine, macros = _machine(compiler)
     folder = Path(__file__).parent
     digest = hashlib.sha256(macros + repr((compiler, machine, FLAGS, platform.libc_ver())).encode())
-    for name in (SOURCE, *HEADERS):
+    for name in (*SOURCES, *HEADERS):
         digest.update((folder / name).read_bytes())
-    name = f"attend-{digest.hexdigest()[:32]}.so"
+    name = f"kernels-{digest.hexdigest()[:32]}.so"
     try:
         kept = _cache_folder() / name
         if _is_ours(kept):
@@ -135,7 +135,7 @@ def library() -> ctypes.CDLL:
         return _made(compiler, machine, folder, kept)
     except (OSError, RuntimeError) as error:  # no home directory that can be written to: for this process only
         with tempfile.TemporaryDirectory(prefix="moba_kernels-", ignore_cleanup_errors=True) as own:
-            _logger.info("the compiled kernel is not kept: %s", error)
+            _logger.info("the compiled kernels are not kept: %s", error)
             return _made(compiler, machine, folder, Path(own) / name)
 
 
@@ -195,9 +195,9 @@ def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to:
     handle, aside = tempfile.mkstemp(prefix=".making-", suffix=".so", dir=to.parent)
     os.close(handle)
     try:
-        done = _run([*compiler, *FLAGS, *machine, "-o", aside, str(folder / SOURCE), "-lm"])
+        done = _run([*compiler, *FLAGS, *machine, "-o", aside, *(str(folder / name) for name in SOURCES), "-lm"])
         if done.returncode:
-            raise NativeUnavailable(f"{compiler[0]} could not compile {SOURCE}: {_told(done)}")
+            raise NativeUnavailable(f"{compiler[0]} could not compile the kernels: {_told(done)}")
         os.chmod(aside, 0o700)
         if not _is_ours(to):
             os.replace(aside, to)

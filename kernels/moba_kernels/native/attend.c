@@ -13,12 +13,9 @@
  */
 
 #include "products.h"
-
-#include <pthread.h>
+#include "threads.h"
 
 #include <sched.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 
 enum { ROWS = 48, KEYS = 256, KEYS_BACKWARD = 128, WEIGHTS = KEYS + W /* a row of weights, off the powers of two */ };
 
@@ -60,14 +57,6 @@ typedef struct {
     atomic_char *done; /* backward: [K, A, blocks] */
     pthread_mutex_t counts;
 } Job;
-
-/* The next `bytes` of an allocation that is laid out piece by piece; pieces begin at cache lines. */
-static void *take(char **at, i64 bytes)
-{
-    void *here = *at;
-    *at += up(bytes, 64);
-    return here;
-}
 
 /* Bytes of a scratch, which begins at `memory`. */
 static i64 lay_out(const Call *call, Scratch *s, char *memory)
@@ -355,13 +344,8 @@ int moba_attend(Call *call, int backward)
     job.num_blocks = (call->num_queries + call->query_block - 1) / call->query_block;
     job.done = calloc(call->num_kv_heads * call->num_ranges * job.num_blocks, 1);
     if (!job.done) return 1;
-    const i64 cells = call->num_kv_heads * job.num_blocks, most = min64(call->num_threads, cells);
-    pthread_t *threads = calloc(most, sizeof *threads);
-    i64 started = 0; /* the caller is one thread more; fewer do where no more can be had */
-    while (threads && started < most - 1 && !pthread_create(threads + started, NULL, work, &job)) started++;
-    work(&job);
-    for (i64 i = 0; i < started; i++) pthread_join(threads[i], NULL);
-    free(threads);
+    const i64 cells = call->num_kv_heads * job.num_blocks;
+    on_threads(min64(call->num_threads, cells), work, &job);
     free(job.done);
     return job.failed;
 }

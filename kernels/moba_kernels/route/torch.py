@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..native import serves as serves_natively
 from ..pack import IntArray, Pack
 from ..routing import Routing, stored_picks
 from ..spec import MoBA
+from . import native
 
 # Queries of a block where windows are narrow, and scores of one batch (8 MB in fp64, 8 MB more as integers): near the
 # cores, and bounded however many chunks and heads there are.
@@ -44,10 +46,13 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
         geometry = pack.chunks(spec.chunk_size).tensors(q_THD.device)
         own_T = geometry.chunk_of_token_T if q_positions is None else geometry.chunk_of_token_T[q_positions]
         first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
-        own, first = own_T.cpu().numpy(), first_T.cpu().numpy()  # one host read off the CPU
-        for batch in _batches(own, first, routed, q_THD.shape[2]):
-            rows = slice(batch.begin, batch.begin + len(batch.low_N) * batch.block_q)
-            picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], batch, kept)
+        if serves_natively(q_THD):
+            native.pick(q_THD, mean_CKD, first_T, own_T, picks)
+        else:
+            own, first = own_T.cpu().numpy(), first_T.cpu().numpy()  # one host read off the CPU
+            for batch in _batches(own, first, routed, q_THD.shape[2]):
+                rows = slice(batch.begin, batch.begin + len(batch.low_N) * batch.block_q)
+                picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], batch, kept)
     return Routing(
         picks.view(torch.uint16) if picks.dtype == torch.int16 else picks, spec, pack, q_positions, complete=True
     )
