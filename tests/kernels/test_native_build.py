@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_kernels import Full, attend, native
+
+from . import native_threads
+from .native_threads import threads_of
 
 COMPILER = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), "")
 
@@ -148,6 +153,21 @@ def test_a_rank_that_is_ready_later_leaves_the_library_that_others_run(build, mo
     monkeypatch.setattr(native, "_is_ours", lambda path: next(answers))
     build()
     assert kept.stat().st_ino == before
+
+
+def test_work_runs_on_the_threads_that_pytorch_keeps(build):
+    library = build()
+    first, second = threads_of(library, 3), threads_of(library, 3)
+    assert len(first) == 3 and threading.get_native_id() in first
+    assert first == second or not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+
+
+def test_work_runs_on_threads_of_its_own_where_pytorch_has_none(build, tmp_path):
+    build()
+    (kept,) = (tmp_path / "moba_kernels").iterdir()
+    command = [sys.executable, native_threads.__file__, str(kept), "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "3\n", done.stderr
 
 
 def test_tensors_without_memory_are_not_served():

@@ -32,7 +32,7 @@ CACHE_BYTES = 1 << 19
 LIST_ROWS = 48
 MIN_BLOCK = 32
 BYTES_OF_ENTRY = 20
-BYTES_OF_NOTE = 24
+BYTES_OF_NOTE = 80
 MAX_NOTES = 1 << 24
 # Cells of a backward pass, over all KV heads: enough ranges for as many threads to work side by side.
 MAX_RANGES = 16
@@ -147,5 +147,5 @@ def query_block(num_queries: int, num_kv_heads: int, group: int, dims: int, slot
         block = max(block, int(LIST_ROWS / lists_of_query))
     # A short row is cut into some blocks even so, one for every thread.
     block = min(block, max(MIN_BLOCK, num_queries * num_kv_heads // MAX_RANGES), num_queries)
-    noted = group * (BYTES_OF_ENTRY * slots + BYTES_OF_NOTE + 4 * num_kv_heads)
+    noted = group * (BYTES_OF_ENTRY * slots + BYTES_OF_NOTE)
     return max(1, min(block, MAX_NOTES // noted))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-SOURCES = ("attend.c", "gate.c")
+SOURCES = ("attend.c", "gate.c", "threads.c")
 HEADERS = ("products.h", "rows.h", "threads.h", "vectors.h")
 # Without -ffast-math: sums keep the order that they are written in, and NaN stays NaN.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
@@ -195,7 +195,8 @@ def _made(compiler: tuple[str, ...], machine: tuple[str, ...], folder: Path, to:
     handle, aside = tempfile.mkstemp(prefix=".making-", suffix=".so", dir=to.parent)
     os.close(handle)
     try:
-        done = _run([*compiler, *FLAGS, *machine, "-o", aside, *(str(folder / name) for name in SOURCES), "-lm"])
+        sources = (str(folder / name) for name in SOURCES)
+        done = _run([*compiler, *FLAGS, *machine, "-o", aside, *sources, "-lm", "-ldl"])
         if done.returncode:
             raise NativeUnavailable(f"{compiler[0]} could not compile the kernels: {_told(done)}")
         os.chmod(aside, 0o700)

@@ -9,14 +9,16 @@
  * antidiagonal by antidiagonal, so what a cell waits for has been handed out before.
  *
  * T queries at hand, S keys at hand, H query heads, K KV heads, R heads that pick, P picks, C chunks, A ranges of keys.
- * A row is one (query, head): query * H + head.
+ * A row is one (query, head): query << HEAD_BITS | head.
  */
 
 #include "products.h"
 #include "threads.h"
 
+#include <pthread.h>
 #include <sched.h>
 
+enum { HEAD_BITS = 20 };
 enum { ROWS = 48, KEYS = 256, KEYS_BACKWARD = 128, WEIGHTS = KEYS + W /* a row of weights, off the powers of two */ };
 
 /* attend/native.py has the same structure. */
@@ -45,6 +47,7 @@ typedef struct {
     float *into[ROWS], *weights_of[ROWS], *dscores_of[ROWS], *dk_of[KEYS_BACKWARD], *dv_of[KEYS_BACKWARD];
     i64 *ends, *listed, *rows, *own_rows, *own_limits;
     int32_t *chunks;
+    i64 first, head; /* of the rows at hand */
     i64 attended, scored;
 } Scratch;
 
@@ -79,7 +82,7 @@ static i64 lay_out(const Call *call, Scratch *s, char *memory)
     s->dscores = take(&at, ROWS * WEIGHTS * f);
     s->dk = take(&at, KEYS_BACKWARD * q * f);
     s->dv = take(&at, KEYS_BACKWARD * v * f);
-    s->totals = take(&at, call->query_block * call->num_heads * f);
+    s->totals = take(&at, rows * W * f);
     s->ends = take(&at, (chunks + 1) * sizeof(i64));
     s->chunks = take(&at, (entries + 1) * sizeof(int32_t)); /* one more: the last try is written, too */
     s->listed = take(&at, (entries + 1) * sizeof(i64));
@@ -97,22 +100,33 @@ static i64 lay_out(const Call *call, Scratch *s, char *memory)
     return at - memory;
 }
 
-static void read_rows(const Call *call, const Rows *from, const i64 *rows, i64 num, i64 dim, float *to)
+INLINE i64 row_of(i64 query, i64 head) { return query << HEAD_BITS | head; }
+INLINE i64 query_of(i64 row) { return row >> HEAD_BITS; }
+INLINE i64 head_of(i64 row) { return row & ((1 << HEAD_BITS) - 1); }
+/* Which of all rows [T,H] it is. */
+INLINE i64 nth(const Call *call, i64 row) { return query_of(row) * call->num_heads + head_of(row); }
+
+/* What the weights of a row add up to, a vector whose lanes are added at the end. */
+INLINE float *total_of(const Scratch *s, i64 row, i64 group)
 {
-    for (i64 i = 0; i < num; i++)
-        read_row(from, rows[i] / call->num_heads, rows[i] % call->num_heads, dim, to + i * up(dim, W));
+    return s->totals + ((query_of(row) - s->first) * group + head_of(row) - s->head) * W;
+}
+
+static void read_rows(const Rows *from, const i64 *rows, i64 num, i64 dim, float *to)
+{
+    for (i64 i = 0; i < num; i++) read_row(from, query_of(rows[i]), head_of(rows[i]), dim, to + i * up(dim, W));
 }
 
 /* Fold keys into the results of rows, of which row i sees the first seen[i]; `width` covers them all. */
-static void forward_tile(const Call *call, Scratch *s, const i64 *rows, const i64 *seen, i64 num, i64 width, i64 row0)
+static void forward_tile(const Call *call, Scratch *s, const i64 *rows, const i64 *seen, i64 num, i64 width)
 {
-    const i64 q = up(call->dim, W);
+    const i64 q = up(call->dim, W), group = call->num_heads / call->num_kv_heads;
     const float scale = (float)call->scale;
-    read_rows(call, &call->q, rows, num, call->dim, s->q);
+    read_rows(&call->q, rows, num, call->dim, s->q);
     product(num, width, call->dim, (Matrix){s->q, q, 1}, s->k_columns, s->weights_of, false);
     for (i64 i = 0; i < num; i++) {
-        float *weights = s->weights_of[i], *out = call->out + rows[i] * call->value_dim;
-        float *total = s->totals + rows[i] - row0, *highest = call->lse + rows[i];
+        float *weights = s->weights_of[i], *out = call->out + nth(call, rows[i]) * call->value_dim;
+        float *total = total_of(s, rows[i], group), *highest = call->lse + nth(call, rows[i]);
         s->into[i] = out;
         vf top = splat(-INFINITY);
         for (i64 j = 0; j < width; j += W) {
@@ -122,21 +136,20 @@ static void forward_tile(const Call *call, Scratch *s, const i64 *rows, const i6
             store(weights + j, x);
             top = vmax(x, top);
         }
-        const float here = top_of(top);
-        if (here > *highest) {
-            const float shrink = expf(*highest - here); /* 0 for the first keys of a row */
-            *total *= shrink;
+        vf sum = load(total);
+        if (any(top > splat(*highest))) {
+            const float here = top_of(top), shrink = expf(*highest - here); /* 0 for the first keys of a row */
             for (i64 d = 0; d < call->value_dim; d++) out[d] *= shrink;
+            sum *= shrink;
             *highest = here;
         }
         const float subtract = *highest == -INFINITY ? 0.0f : *highest; /* a row that has seen nothing yet */
-        vf sum = {0};
         for (i64 j = 0; j < width; j += W) {
             const vf weight = vexp(load(weights + j) - subtract);
             store(weights + j, weight);
             sum += weight;
         }
-        *total += sum_of(sum);
+        store(total, sum);
     }
     product(num, call->value_dim, width, (Matrix){s->weights, WEIGHTS, 1}, s->v_rows, s->into, true);
 }
@@ -146,19 +159,20 @@ static void backward_tile(const Call *call, Scratch *s, const i64 *rows, const i
 {
     const i64 q = up(call->dim, W), v = up(call->value_dim, W);
     const float scale = (float)call->scale;
-    read_rows(call, &call->q, rows, num, call->dim, s->q);
-    read_rows(call, &call->dout, rows, num, call->value_dim, s->dout);
+    read_rows(&call->q, rows, num, call->dim, s->q);
+    read_rows(&call->dout, rows, num, call->value_dim, s->dout);
     product(num, width, call->dim, (Matrix){s->q, q, 1}, s->k_columns, s->weights_of, false);
     product(num, width, call->value_dim, (Matrix){s->dout, v, 1}, s->v_columns, s->dscores_of, false);
     for (i64 i = 0; i < num; i++) {
         float *weights = s->weights_of[i], *dscores = s->dscores_of[i];
-        s->into[i] = call->dq + rows[i] * call->dim;
+        const float lse = call->lse[nth(call, rows[i])], delta = call->delta[nth(call, rows[i])];
+        s->into[i] = call->dq + nth(call, rows[i]) * call->dim;
         for (i64 j = 0; j < width; j += W) {
-            vf weight = vexp(load(weights + j) * scale - call->lse[rows[i]]);
+            vf weight = vexp(load(weights + j) * scale - lse);
             if (j + W > seen[i])
                 for (i64 lane = max64(0, seen[i] - j); lane < W; lane++) weight[lane] = 0;
             store(weights + j, weight);
-            store(dscores + j, (load(dscores + j) - call->delta[rows[i]]) * scale * weight);
+            store(dscores + j, (load(dscores + j) - delta) * scale * weight);
         }
     }
     product(num, call->dim, width, (Matrix){s->dscores, WEIGHTS, 1}, s->k_rows, s->into, true);
@@ -174,7 +188,7 @@ static void add_rows(float *to, const float *from, i64 num, i64 dim, i64 to_row,
 
 /* Rows of one KV head against keys first .. first + count - 1, of which row i sees limits[i] (all without limits). */
 static void visit(const Call *call, Scratch *s, bool backward, i64 kv_head, const i64 *rows, const i64 *limits, i64 num,
-                  i64 first, i64 count, i64 row0)
+                  i64 first, i64 count)
 {
     const i64 dim = call->dim, value_dim = call->value_dim, q = up(dim, W), v = up(value_dim, W);
     const i64 at_once = backward ? KEYS_BACKWARD : KEYS;
@@ -201,7 +215,7 @@ static void visit(const Call *call, Scratch *s, bool backward, i64 kv_head, cons
             const i64 width = up(most, W);
             s->scored += tile * width;
             if (backward) backward_tile(call, s, rows + from, seen, tile, width);
-            else forward_tile(call, s, rows + from, seen, tile, width, row0);
+            else forward_tile(call, s, rows + from, seen, tile, width);
         }
         if (backward) {
             add_rows(call->dk + at * dim, s->dk, some, dim, call->num_kv_heads * dim, q);
@@ -222,11 +236,11 @@ static void segments(const Call *call, Scratch *s, bool backward, i64 kv_head, i
         for (i64 t = begin; from < to && t < end; t++) {
             const i64 limit = min64(call->own_end[t], high) - from;
             for (i64 g = 0; limit > 0 && g < group; g++) {
-                s->own_rows[num] = t * call->num_heads + kv_head * group + g;
+                s->own_rows[num] = row_of(t, s->head + g);
                 s->own_limits[num++] = limit;
             }
         }
-        visit(call, s, backward, kv_head, s->own_rows, s->own_limits, num, from, to - from, first * call->num_heads);
+        visit(call, s, backward, kv_head, s->own_rows, s->own_limits, num, from, to - from);
     }
 }
 
@@ -247,7 +261,7 @@ static void picked(const Call *call, Scratch *s, bool backward, i64 kv_head, i64
     for (i64 t = first; t < stop; t++)
         for (i64 r = 0; call->takes[t] && r < routed; r++) {
             const i64 at = t * call->picks_token + (kv_head * routed + r) * call->picks_head;
-            const i64 row = t * call->num_heads + kv_head * group + r * members;
+            const i64 row = row_of(t, s->head + r * members);
             for (i64 p = 0; p < slots; p++) { /* no branch, which would be guessed wrong half of the time */
                 const i64 chunk = pick_of(call, at + p) - chunk0;
                 s->chunks[num] = (int32_t)chunk;
@@ -263,34 +277,35 @@ static void picked(const Call *call, Scratch *s, bool backward, i64 kv_head, i64
     for (i64 c = 0, begin = 0; c < chunks; begin = s->ends[c++]) {
         const i64 key = call->chunk_keys[chunk0 + c], keys = call->chunk_keys[chunk0 + c + 1] - key;
         if (s->ends[c] > begin)
-            visit(call, s, backward, kv_head, s->rows + begin, NULL, s->ends[c] - begin, key, keys,
-                  first * call->num_heads);
+            visit(call, s, backward, kv_head, s->rows + begin, NULL, s->ends[c] - begin, key, keys);
     }
 }
 
 static void cell(const Call *call, Scratch *s, bool backward, i64 kv_head, i64 first, i64 stop, i64 range)
 {
+    s->first = first;
+    s->head = kv_head * (call->num_heads / call->num_kv_heads);
     segments(call, s, backward, kv_head, first, stop, range);
     if (call->picks) picked(call, s, backward, kv_head, first, stop, range);
 }
 
 static void forward_block(const Call *call, Scratch *s, i64 kv_head, i64 first, i64 stop)
 {
-    const i64 group = call->num_heads / call->num_kv_heads, dim = call->value_dim, row0 = first * call->num_heads;
+    const i64 group = call->num_heads / call->num_kv_heads, dim = call->value_dim;
     for (i64 t = first; t < stop; t++)
         for (i64 row = t * call->num_heads + kv_head * group, g = 0; g < group; g++, row++) {
             memset(call->out + row * dim, 0, dim * sizeof(float));
             call->lse[row] = -INFINITY; /* the highest score, until the end */
-            s->totals[row - row0] = 0;
         }
+    memset(s->totals, 0, (stop - first) * group * W * sizeof(float));
     for (i64 range = 0; range < call->num_ranges; range++) cell(call, s, false, kv_head, first, stop, range);
-    for (i64 t = first; t < stop; t++)
-        for (i64 row = t * call->num_heads + kv_head * group, g = 0; g < group; g++, row++) {
-            const float total = s->totals[row - row0];
-            if (call->lse[row] == -INFINITY && total == 0) continue;
-            for (i64 d = 0; d < dim; d++) call->out[row * dim + d] /= total;
-            call->lse[row] += logf(total);
-        }
+    for (i64 n = 0; n < (stop - first) * group; n++) {
+        const i64 row = (first + n / group) * call->num_heads + kv_head * group + n % group;
+        const float total = sum_of(load(s->totals + n * W));
+        if (call->lse[row] == -INFINITY && total == 0) continue;
+        for (i64 d = 0; d < dim; d++) call->out[row * dim + d] /= total;
+        call->lse[row] += logf(total);
+    }
 }
 
 static void backward_cell(const Job *job, Scratch *s, i64 kv_head, i64 nth)
@@ -312,7 +327,7 @@ static void backward_cell(const Job *job, Scratch *s, i64 kv_head, i64 nth)
     atomic_store_explicit(done, 1, memory_order_release);
 }
 
-static void *work(void *argument)
+static void work(void *argument)
 {
     Job *job = argument;
     Call *call = job->call;
@@ -321,7 +336,7 @@ static void *work(void *argument)
     char *memory = aligned_alloc(64, up(lay_out(call, &s, NULL), 64));
     if (!memory) {
         atomic_store(&job->failed, true);
-        return NULL;
+        return;
     }
     lay_out(call, &s, memory);
     for (i64 ticket; (ticket = atomic_fetch_add(&job->ticket, 1)) < cells && !atomic_load(&job->failed);) {
@@ -334,7 +349,6 @@ static void *work(void *argument)
     call->scored += s.scored;
     pthread_mutex_unlock(&job->counts);
     free(memory);
-    return NULL;
 }
 
 /* 0, or 1 where there was not enough memory. */
@@ -345,7 +359,7 @@ int moba_attend(Call *call, int backward)
     job.done = calloc(call->num_kv_heads * call->num_ranges * job.num_blocks, 1);
     if (!job.done) return 1;
     const i64 cells = call->num_kv_heads * job.num_blocks;
-    on_threads(min64(call->num_threads, cells), work, &job);
+    moba_on_threads(min64(call->num_threads, cells), work, &job);
     free(job.done);
     return job.failed;
 }

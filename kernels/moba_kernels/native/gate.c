@@ -191,17 +191,6 @@ static void best(Scratch *s, i64 *keys, i64 num, i64 most, bool sorted)
     if (most > 0) sort_few(keys, num);
 }
 
-INLINE bool any(vi mask)
-{
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
-    return _mm256_movemask_ps((__m256)mask);
-#else
-    return mask[0] | mask[1] | mask[2] | mask[3];
-#endif
-}
-
 /* Scores of chunks chunk .. chunk + num - 1 for a row: those that may be among its best are kept. */
 static void collect(const Gate *gate, Scratch *s, i64 row, const int32_t *scores, i64 chunk, i64 num)
 {
@@ -267,7 +256,7 @@ static void gate_block(const Gate *gate, Scratch *s, i64 kv_head, i64 from, i64 
                         gate->num_slots);
 }
 
-static void *work(void *argument)
+static void work(void *argument)
 {
     Job *job = argument;
     const Gate *gate = job->gate;
@@ -276,7 +265,7 @@ static void *work(void *argument)
     char *memory = aligned_alloc(64, lay_out(gate, &s, NULL));
     if (!memory) {
         atomic_store(&job->failed, true);
-        return NULL;
+        return;
     }
     lay_out(gate, &s, memory);
     for (i64 ticket; (ticket = atomic_fetch_add(&job->ticket, 1)) < parts && !atomic_load(&job->failed);) {
@@ -284,13 +273,12 @@ static void *work(void *argument)
         gate_block(gate, &s, ticket % heads, from, min64(gate->query_block, gate->num_queries - from));
     }
     free(memory);
-    return NULL;
 }
 
 /* 0, or 1 where there was not enough memory. */
 int moba_gate(Gate *gate)
 {
     Job job = {.gate = gate, .num_blocks = (gate->num_queries + gate->query_block - 1) / gate->query_block};
-    on_threads(min64(gate->num_threads, gate->num_kv_heads * job.num_blocks), work, &job);
+    moba_on_threads(min64(gate->num_threads, gate->num_kv_heads * job.num_blocks), work, &job);
     return job.failed;
 }

@@ -1,5 +1,7 @@
 /* Products of small matrices of fp32, and keys packed for them. */
 
+#pragma once
+
 #include "rows.h"
 
 enum { MOST_ROWS = 12 };

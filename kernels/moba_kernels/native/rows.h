@@ -1,5 +1,7 @@
 /* Rows of tensors, read in fp32. */
 
+#pragma once
+
 #include "vectors.h"
 
 /* [tokens, heads, dim], its last dim dense. native/__init__.py has the same structure. */

@@ -1,8 +1,10 @@
 /* Vectors of fp32, and e^x: what the kernels compute with.
  *
  * One width of vector is chosen when this is compiled, the widest that the compiler may use here. GCC and clang both
- * know vector types; the only instruction that is asked for by name is the maximum, which neither finds by itself.
+ * know vector types; the only instructions that are asked for by name are those that neither finds by itself.
  */
+
+#pragma once
 
 #include <math.h>
 #include <stdbool.h>
@@ -61,6 +63,18 @@ INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vf vmax(vf a, vf b) { return choose(a > b, a, b); }
 #endif
 INLINE vf vsum(vf a, vf b) { return a + b; }
+
+/* Is any lane of a comparison true? */
+INLINE bool any(vi mask)
+{
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask);
+#else
+    return mask[0] | mask[1] | mask[2] | mask[3];
+#endif
+}
 
 /* ROTATE(x, n): lane i + n (modulo W) in lane i. MIX: four lanes of a (0 .. 3) and b (4 .. 7). */
 #if W == 16
