@@ -1,6 +1,6 @@
 """Which threads the compiled kernels' work runs on. Without torch, so that a process can be without its threads.
 
-    python tests/kernels/native_threads.py LIBRARY 3     # how many there were
+As a script, with a library and a number of threads, it says how many there were.
 """
 
 from __future__ import annotations
