@@ -49,8 +49,8 @@ class ChunkGeometry:
         """[documents + 1]: chunks of document d are first_chunk_of_doc[d] .. first_chunk_of_doc[d + 1] - 1."""
         self.num_chunks = int(self.first_chunk_of_doc[-1])
         self.doc_C: IntArray = np.repeat(np.arange(len(lengths), dtype=np.int64), chunks_of_doc)
-        index_in_doc = np.arange(self.num_chunks, dtype=np.int64) - self.first_chunk_of_doc[self.doc_C]
-        self.start_C: IntArray = cu_seqlens[self.doc_C] + index_in_doc * chunk_size
+        self.index_in_doc_C: IntArray = np.arange(self.num_chunks, dtype=np.int64) - self.first_chunk_of_doc[self.doc_C]
+        self.start_C: IntArray = cu_seqlens[self.doc_C] + self.index_in_doc_C * chunk_size
         self.end_C: IntArray = np.minimum(self.start_C + chunk_size, cu_seqlens[self.doc_C + 1])
         self.max_chunks_of_doc = int(chunks_of_doc.max(initial=0))
         self._on_device: dict[torch.device, ChunkTensors] = {}

@@ -105,10 +105,10 @@ class Routing:
         return self._stored
 
     @staticmethod
-    def nothing(num_queries: int, routed: int, kept: int, spec: MoBA, pack: Pack, device: torch.device) -> Tensor:
-        """[T,R,P] of -1 in the stored width: int16 (to be viewed as uint16) while ids fit, else int32."""
+    def unwritten(num_queries: int, routed: int, kept: int, spec: MoBA, pack: Pack, device: torch.device) -> Tensor:
+        """[T,R,P] for picks, -1 = none: int16 while ids fit (as `stored` it is viewed as uint16), else int32."""
         dtype = torch.int16 if pack.chunks(spec.chunk_size).num_chunks < NONE_UINT16 else torch.int32
-        return torch.full((num_queries, routed, kept), -1, dtype=dtype, device=device)
+        return torch.empty((num_queries, routed, kept), dtype=dtype, device=device)
 
     def picks_of(self, part: slice) -> Tensor:
         """`picks` of some consecutive queries."""

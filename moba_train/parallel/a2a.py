@@ -203,7 +203,7 @@ def swap_inputs(
         return q, k, v, None
     if picks is None:
         routed = routing.spec.routed_heads(q.shape[1], k.shape[1])
-        picked = Routing.nothing(q.shape[0], routed, 0, routing.spec, call.pack, q.device)
+        picked = Routing.unwritten(q.shape[0], routed, 0, routing.spec, call.pack, q.device)
     else:
         (picked,) = picks.wait()
     return q, k, v, Routing(picked, routing.spec, call.pack, positions_T, complete=routing.complete).trusted()

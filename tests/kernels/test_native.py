@@ -182,6 +182,23 @@ def test_chunk_ids_that_need_32_bits_are_picks_like_any_others():
 
 
 @pytest.mark.usefixtures("watched")
+def test_queries_that_pick_all_chunks_before_their_own_are_plain_causal_attention():
+    """In the first topk chunks of every document, to the bit; a routing that may have picked fewer is followed."""
+    cu, spec = [0, 90, 700], MoBA(32, 5)
+    q, k, v, _ = make_qkv(cu, dtype=torch.float32)
+    routing = route(q, k, spec, cu_seqlens=cu)
+    every = torch.cat((torch.arange(90), torch.arange(90, 90 + 5 * 32)))
+    full = attend(q, k, v, Full(), cu_seqlens=cu).out
+    out = attend(q, k, v, spec, cu_seqlens=cu, routing=routing).out
+    assert torch.equal(out[every], full[every])
+    later = torch.arange(90 + 5 * 32, 700)
+    assert ((out[later] - full[later]).abs().amax((1, 2)) > 1e-3).all()
+    none = Routing.from_chunk_ids(routing.chunk_ids[:, :, :1], spec, routing.pack)
+    alone = attend(q, k, v, MoBA(32, 1), cu_seqlens=cu).out
+    assert_close(attend(q, k, v, spec, cu_seqlens=cu, routing=none).out, alone, 1e-6)
+
+
+@pytest.mark.usefixtures("watched")
 def test_rows_that_see_no_key_are_nothing_and_get_and_give_nothing():
     pack, early, late = Pack([0, 50]), torch.arange(20), torch.arange(20, 50)
     q, k, v, dout = make_qkv([0, 50], dtype=torch.float32)

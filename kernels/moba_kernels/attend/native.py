@@ -13,10 +13,12 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..native import DTYPES, Arguments, Rows
+from ..pack import IntArray
 from ..report import PairTally
 from .call import AttendCall, host_positions
 from .steps import visible_keys
@@ -105,18 +107,17 @@ def _prepared(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, *, 
     )
     query_T = host_positions(call.q_positions, call.pack.num_tokens)
     key_S = host_positions(call.k_positions, call.pack.num_tokens)
-    edges = call.segments.edges
-    arguments.array("own_begin", np.searchsorted(key_S, edges)[np.searchsorted(edges, query_T, side="right") - 1])
+    own_begin_T, takes_T = _plain_and_picked(call, query_T, key_S)
+    arguments.array("own_begin", own_begin_T)
     arguments.array("own_end", visible_keys(call)[:-1])
     num_ranges = _num_ranges(num_keys, num_kv_heads) if backward else 1
     slots, lists_of_query = 0, 0.0
-    if call.routing is not None and call.segments.any_picks and call.routing.stored.numel():
+    if call.routing is not None and call.routing.stored.numel() and takes_T.any():
         geometry = call.pack.chunks(call.routing.spec.chunk_size)
         key_edges_C = np.searchsorted(key_S, np.append(geometry.start_C, call.pack.num_tokens))
-        chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
         stored = call.routing.stored
         _, num_routed, slots = stored.shape
-        arguments.array("takes", ~call.segments.covered_C[chunk_T], np.uint8)
+        arguments.array("takes", takes_T, np.uint8)
         arguments.array("chunk_keys", key_edges_C)
         arguments.sizes(num_routed=num_routed, num_slots=slots, wide_picks=stored.dtype == torch.int32)
         arguments.picks(stored)
@@ -133,6 +134,24 @@ def _prepared(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, *, 
     block = query_block(num_queries, num_kv_heads, group, dim + value_dim, slots, lists_of_query)
     arguments.sizes(num_ranges=num_ranges, query_block=block)
     return arguments
+
+
+def _plain_and_picked(call: AttendCall, query_T: IntArray, key_S: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """(the key at hand from which on a query attends to all up to itself, does it take its picks?), both [T].
+
+    In the first topk chunks of a document a query picks every chunk before its own, if it took all it could: that is
+    plain causal attention from the document's first token on, whether or not the document goes on.
+    """
+    if call.routing is None:
+        edges = call.segments.edges
+        segment_T = np.searchsorted(edges, query_T, side="right") - 1
+        return np.searchsorted(key_S, edges)[segment_T], np.zeros(len(query_T), dtype=bool)
+    spec = call.routing.spec
+    geometry = call.pack.chunks(spec.chunk_size)
+    every_C = geometry.index_in_doc_C < (spec.topk if call.routing.complete else 1)
+    begin_C = np.where(every_C, call.pack.bounds[geometry.doc_C], geometry.start_C)
+    chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
+    return np.searchsorted(key_S, begin_C)[chunk_T], ~every_C[chunk_T]
 
 
 def _num_ranges(num_keys: int, num_kv_heads: int) -> int:

@@ -41,7 +41,7 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
     num_queries, num_heads, _ = q_THD.shape
     num_kv_heads = mean_CKD.shape[1]
     routed, kept = spec.routed_heads(num_heads, num_kv_heads), stored_picks(spec, pack)
-    picks = Routing.nothing(num_queries, routed, kept, spec, pack, q_THD.device)
+    picks = Routing.unwritten(num_queries, routed, kept, spec, pack, q_THD.device)
     if kept and num_queries:
         geometry = pack.chunks(spec.chunk_size).tensors(q_THD.device)
         own_T = geometry.chunk_of_token_T if q_positions is None else geometry.chunk_of_token_T[q_positions]
@@ -49,6 +49,7 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
         if serves_natively(q_THD):
             native.pick(q_THD, mean_CKD, first_T, own_T, picks)
         else:
+            picks.fill_(-1)
             own, first = own_T.cpu().numpy(), first_T.cpu().numpy()  # one host read off the CPU
             for batch in _batches(own, first, routed, q_THD.shape[2]):
                 rows = slice(batch.begin, batch.begin + len(batch.low_N) * batch.block_q)

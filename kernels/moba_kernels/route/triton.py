@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pack import Pack
-from ..routing import NONE_UINT16, Routing, stored_picks
+from ..routing import Routing, stored_picks
 from ..spec import MoBA
 from ..triton_math import TRITON_TYPE, Variant, target_of
 from .triton_tile import (
@@ -136,10 +136,10 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
     Scratch: 6 bytes an element of the means, two int32 a query; with more than MAX_SLOTS picks 8 bytes a routed row.
     """
     num_queries, num_heads, _ = q_THD.shape
-    num_chunks, num_kv_heads, _ = mean_CKD.shape
+    num_kv_heads = mean_CKD.shape[1]
     routed, kept = spec.routed_heads(num_heads, num_kv_heads), stored_picks(spec, pack)
-    words = 1 if num_chunks < NONE_UINT16 else 2
-    stored = q_THD.new_empty((num_queries, routed, kept), dtype=torch.int16 if words == 1 else torch.int32)
+    stored = Routing.unwritten(num_queries, routed, kept, spec, pack, q_THD.device)
+    words = 1 if stored.dtype == torch.int16 else 2
     if stored.numel():
         geometry = pack.chunks(spec.chunk_size).tensors(q_THD.device)
         own_T = geometry.chunk_of_token_T if q_positions is None else geometry.chunk_of_token_T[q_positions]
