@@ -92,21 +92,33 @@ class Routing:
         self._sound = True
 
     def __getstate__(self) -> dict[str, Any]:  # torch 2.13 cannot unpickle a uint16 tensor
-        return {**self.__dict__, "_stored": self._stored.view(torch.int16)} if self._narrow else self.__dict__
+        return {**self.__dict__, "_stored": self.bits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._stored.dtype == torch.int16:
-            self._stored = self._stored.view(torch.uint16)
+        self._stored = _unsigned(self._stored)
 
     @property
     def stored(self) -> Tensor:
         """[T,R,P] as kept: uint16 with 65535 = none, or int32 with -1 = none."""
         return self._stored
 
+    @property
+    def bits(self) -> Tensor:
+        """`stored` with uint16 viewed as int16, since few operations take uint16: -1 = none in either width, and ids
+        above 32767 are negative numbers below it. Back again by `of_bits`."""
+        return self._stored.view(torch.int16) if self._narrow else self._stored
+
+    @classmethod
+    def of_bits(
+        cls, bits: Tensor, spec: MoBA, pack: Pack, q_positions: Tensor | None = None, *, complete: bool = False
+    ) -> Routing:
+        """The routing whose `bits` these are; the other arguments as for a Routing."""
+        return cls(_unsigned(bits), spec, pack, q_positions, complete=complete)
+
     @staticmethod
     def unwritten(num_queries: int, routed: int, kept: int, spec: MoBA, pack: Pack, device: torch.device) -> Tensor:
-        """[T,R,P] for picks, -1 = none: int16 while ids fit (as `stored` it is viewed as uint16), else int32."""
+        """Memory for the `bits` of a routing, [T,R,P]: int16 while ids fit, else int32."""
         dtype = torch.int16 if pack.chunks(spec.chunk_size).num_chunks < NONE_UINT16 else torch.int32
         return torch.empty((num_queries, routed, kept), dtype=dtype, device=device)
 
@@ -150,33 +162,26 @@ class Routing:
         """The routing of some of the queries at hand; rows: [n] ascending int64 indices into them."""
         device = self._stored.device
         positions = rows.to(device) if self.q_positions is None else self.q_positions[rows.to(self.q_positions.device)]
-        picks = (
-            self._stored.view(torch.int16)[rows.to(device)].view(torch.uint16)
-            if self._narrow
-            else (self._stored[rows.to(device)])
-        )
-        return self._part(picks, positions)
+        return self._part(self.bits[rows.to(device)], positions)
 
     def of_kv_heads(self, first: int, stop: int, num_kv_heads: int) -> Routing:
         """The routing of the query heads that read KV heads first .. stop - 1 of num_kv_heads; shares storage."""
         heads_of_kv = self.num_routed_heads // num_kv_heads  # H/K for select="head", 1 for "group"
-        stored = self._stored[:, first * heads_of_kv : stop * heads_of_kv]
-        return self._part(stored, self.q_positions)
+        return self._part(self.bits[:, first * heads_of_kv : stop * heads_of_kv], self.q_positions)
 
     def in_slots(self, kept: int) -> Routing:
         """The same picks in `kept` slots a query, which must hold them (`stored_picks` does)."""
         if self._stored.shape[2] == kept:
             return self
-        signed = self._stored.view(torch.int16) if self._narrow else self._stored  # -1 = none in either width
-        if signed.shape[2] > kept:
-            signed = signed.gather(2, (signed == -1).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :kept])
+        bits = self.bits
+        if bits.shape[2] > kept:
+            bits = bits.gather(2, (bits == -1).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :kept])
         else:
-            signed = torch.nn.functional.pad(signed, (0, kept - signed.shape[2]), value=-1)
-        stored = signed.view(torch.uint16) if self._narrow else signed
-        return self._part(stored, self.q_positions)
+            bits = torch.nn.functional.pad(bits, (0, kept - bits.shape[2]), value=-1)
+        return self._part(bits, self.q_positions)
 
-    def _part(self, stored: Tensor, q_positions: Tensor | None) -> Routing:
-        part = Routing(stored, self.spec, self.pack, q_positions, complete=self.complete)
+    def _part(self, bits: Tensor, q_positions: Tensor | None) -> Routing:
+        part = Routing.of_bits(bits, self.spec, self.pack, q_positions, complete=self.complete)
         return part.trusted() if self._sound else part
 
     @property
@@ -214,6 +219,10 @@ class Routing:
 
 
 FIX_OF_PICKS = "pick chunks of the query's own document that end before its own chunk begins, each once"
+
+
+def _unsigned(bits: Tensor) -> Tensor:
+    return bits.view(torch.uint16) if bits.dtype == torch.int16 else bits
 
 
 def _decoded(stored: Tensor) -> Tensor:

@@ -195,9 +195,7 @@ def swap_inputs(
     arriving = exchange.to_heads((q, k, v), phase="forward/qkv")
     routing, picks = call.routing, None
     if routing is not None and routing.stored.shape[2]:
-        # The dtype stays the stored one, int16 for uint16: torch copies few things in uint16.
-        stored = routing.stored.view(torch.int16) if routing.stored.dtype == torch.uint16 else routing.stored
-        picks = exchange.to_heads((stored,), phase="forward/picks")
+        picks = exchange.to_heads((routing.bits,), phase="forward/picks")
     q, k, v = arriving.wait()
     if routing is None:
         return q, k, v, None
@@ -206,7 +204,7 @@ def swap_inputs(
         picked = Routing.unwritten(q.shape[0], routed, 0, routing.spec, call.pack, q.device)
     else:
         (picked,) = picks.wait()
-    return q, k, v, Routing(picked, routing.spec, call.pack, positions_T, complete=routing.complete).trusted()
+    return q, k, v, Routing.of_bits(picked, routing.spec, call.pack, positions_T, complete=routing.complete).trusted()
 
 
 def swap_output_back(exchange: HeadExchange, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

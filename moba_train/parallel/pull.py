@@ -202,8 +202,8 @@ def _attend_locally(
     """Write out and lse of local queries start .. stop - 1 over the local keys up to them."""
     positions, routing = call.positions_S[start:stop], call.routing
     if routing is not None:
-        stored = routing.stored[start:stop]
-        routing = Routing(stored, routing.spec, routing.pack, positions, complete=routing.complete).trusted()
+        bits, complete = routing.bits[start:stop], routing.complete
+        routing = Routing.of_bits(bits, routing.spec, routing.pack, positions, complete=complete).trusted()
     out_SHD[start:stop], lse_SH[start:stop] = attend_partial(
         q_SHD[start:stop],
         k_SKD[:stop],

@@ -43,7 +43,7 @@ def send_queries(q_SHD: Tensor, stride: Stride, sent: SentQueries, call: Sharded
     message = _pack_fields(
         _of_queries(q_SHD, sent, routing),
         key_Q.to(_key_dtype(routing)).unsqueeze(1),
-        _indexable_picks(routing)[token_Q, head_Q],
+        routing.bits[token_Q, head_Q],
     )
     return call.wire.all_to_all(message, stride.sent, stride.received, phase="forward/queries")
 
@@ -51,7 +51,7 @@ def send_queries(q_SHD: Tensor, stride: Stride, sent: SentQueries, call: Sharded
 def sort_arrived(message: Tensor, q_SHD: Tensor, call: ShardedCall) -> Arrived:
     """The queries of a message by head, then token."""
     routing = routing_of(call)
-    group, dim, picks = q_SHD.shape[1] // routing.num_routed_heads, q_SHD.shape[2], _indexable_picks(routing)
+    group, dim, picks = q_SHD.shape[1] // routing.num_routed_heads, q_SHD.shape[2], routing.bits
     widths = (q_SHD.dtype, group * dim), (_key_dtype(routing), 1), (picks.dtype, picks.shape[2])
     q_Q, key_Q, picks_Q = split_fields(message, widths)
     sorted_Q, order_Q = key_Q.read().squeeze(1).long().sort()
@@ -78,12 +78,6 @@ def _of_queries(x_SHD: Tensor, sent: SentQueries, routing: Routing) -> Tensor:
 def _token_and_head(sent: SentQueries, routing: Routing) -> tuple[Tensor, Tensor]:
     routed = routing.num_routed_heads
     return sent.index_Q // routed, sent.index_Q % routed
-
-
-def _indexable_picks(routing: Routing) -> Tensor:
-    """[S,R,P] as stored; uint16 viewed as int16, because few operations take uint16."""
-    stored = routing.stored
-    return stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
 
 
 def _key_dtype(routing: Routing) -> torch.dtype:

@@ -67,7 +67,7 @@ class RouteQueries:
         wait_for_count = start_count(call, self.heads(q_SHD, v_SKD, call))
         half = q_SHD.shape[0] // 2
         halves = [
-            _Part.of(q_SHD[part], call.positions_S[part], routing.stored[part], call)
+            _Part.of(q_SHD[part], call.positions_S[part], routing.bits[part], call)
             for part in (slice(0, half), slice(half, None))
         ]
         first_half = halves[0].attend(k_SKD, v_SKD, call, tally)  # while the host reads counts
@@ -187,9 +187,9 @@ class _Part(NamedTuple):
     routing: Routing
 
     @classmethod
-    def of(cls, q: Tensor, positions: Tensor, stored_picks: Tensor, call: ShardedCall) -> _Part:
+    def of(cls, q: Tensor, positions: Tensor, picks: Tensor, call: ShardedCall) -> _Part:
         routing = routing_of(call)
-        mine = Routing(stored_picks, routing.spec, call.pack, positions, complete=routing.complete)
+        mine = Routing.of_bits(picks, routing.spec, call.pack, positions, complete=routing.complete)
         return cls(q, positions, mine.trusted())
 
     def attend(self, k: Tensor, v: Tensor, call: ShardedCall, tally: PairTally) -> Partial:
@@ -275,5 +275,4 @@ def _by_head(
         where, kv, stop = slice(stop, stop + count), head // heads_of_kv, stop + count
         if count:
             picks = arrived.picks_QP[where].unsqueeze(1)
-            stored = picks.view(torch.uint16) if picks.dtype == torch.int16 else picks
-            yield where, slice(kv, kv + 1), _Part.of(arrived.q_QGD[where], arrived.position_Q[where], stored, call)
+            yield where, slice(kv, kv + 1), _Part.of(arrived.q_QGD[where], arrived.position_Q[where], picks, call)

@@ -252,3 +252,8 @@ def test_a_block_of_queries_follows_from_sizes():
     for size in (block(1 << 20, 1, 64, 512, 4095, 4.0), block(1 << 20, 8, 1, 8, 1, 1e-6)):  # notes keep to 16 MiB
         assert 1 <= size < 1 << 19
     assert block(1 << 20, 1, 64, 512, 4095, 4.0) * 64 * 4095 * 20 <= 1 << 24
+
+
+def test_more_heads_than_a_rows_number_has_room_for_are_left_to_pytorch():
+    assert native.serves(torch.empty(1, native.MAX_HEADS, 0))
+    assert not native.serves(torch.empty(1, native.MAX_HEADS + 1, 0))

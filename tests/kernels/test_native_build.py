@@ -30,6 +30,7 @@ def build(monkeypatch, tmp_path):
     """`library`, asked anew, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS))  # soon made
     return native.library.__wrapped__
 
 
@@ -155,17 +156,21 @@ def test_a_rank_that_is_ready_later_leaves_the_library_that_others_run(build, mo
     assert kept.stat().st_ino == before
 
 
-def test_work_runs_on_the_threads_that_pytorch_keeps(build):
+def test_work_runs_on_the_threads_that_pytorch_keeps_and_leaves_them_in_place(build):
     library = build()
-    first, second = threads_of(library, 3), threads_of(library, 3)
-    assert len(first) == 3 and threading.get_native_id() in first
-    assert first == second or not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+    first = threads_of(library, 4)
+    assert len(first) == 4 and threading.get_native_id() in first
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        for parts in (1, 2, 3):  # a team of fewer would end the others
+            native_threads.run(library, 4, parts, lambda _: None)
+        assert threads_of(library, 4) == first
 
 
-def test_work_runs_on_threads_of_its_own_where_pytorch_has_none(build, tmp_path):
+@pytest.mark.parametrize("words", [(), ("fork",)], ids=["without torch", "in a fork"])
+def test_work_runs_on_threads_of_its_own_where_pytorch_has_none(build, tmp_path, words):
     build()
     (kept,) = (tmp_path / "moba_kernels").iterdir()
-    command = [sys.executable, native_threads.__file__, str(kept), "3"]
+    command = [sys.executable, native_threads.__file__, str(kept), "3", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stdout == "3\n", done.stderr
 

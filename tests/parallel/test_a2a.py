@@ -186,11 +186,14 @@ def test_heads_and_picks_arrive_in_token_order_ties_included(layout: Layout) -> 
             run_threads(partial(_check_arrived, case=case, layout=layout), 4)
 
 
-def test_picks_of_more_chunks_than_sixteen_bits_number_arrive_whole() -> None:
-    num_tokens, spec = 66_000, MoBA(1, 2)
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(40_000, torch.uint16), (66_000, torch.int32)])
+def test_picks_of_more_chunks_than_sixteen_bits_number_with_or_without_a_sign_arrive_whole(
+    num_tokens: int, dtype: torch.dtype
+) -> None:
+    spec = MoBA(1, 2)
     pack = Pack([0, num_tokens])
     whole = random_routing(spec, pack=pack, num_heads=2, num_kv_heads=1, seed=1, device="cpu")
-    assert whole.stored.dtype == torch.int32
+    assert whole.stored.dtype == dtype
     x = torch.zeros(num_tokens, 2, 1)
 
     def rank_main(group: ThreadGroup) -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ..native import DTYPES, Arguments, Rows
+from ..native import serves as compiled
 from ..pack import IntArray
 from ..report import PairTally
 from .call import AttendCall, host_positions
 from .steps import visible_keys
 
-# What each thread takes beyond inputs and results (head dims to 4096, fewer than a million chunks), and what comes with
+# What each thread takes beyond inputs and results (head dims to 1024, fewer than a million chunks), and what comes with
 # every (query, head), two heads at least.
 SCRATCH_BYTES = 32 << 20
 BYTES_OF_ROW = 32
@@ -40,6 +41,7 @@ MAX_NOTES = 1 << 24
 MAX_RANGES = 16
 MIN_RANGE_KEYS = 256
 FORWARD, BACKWARD = 0, 1
+MAX_HEADS = 1 << 20  # a row's number keeps 20 bits for its head
 
 _POINTERS = (
     *("out", "lse", "dq", "dk", "dv", "delta"),
@@ -59,6 +61,11 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("scale", ctypes.c_double),
     )
+
+
+def serves(q_THD: Tensor) -> bool:
+    """What compiled kernels take, of no more than MAX_HEADS heads."""
+    return compiled(q_THD) and q_THD.shape[1] <= MAX_HEADS
 
 
 def forward(

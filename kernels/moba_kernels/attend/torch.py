@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..native import serves as serves_natively
 from ..pack import IntArray
 from ..report import PairTally, Partial
 from . import fused, native
@@ -100,7 +99,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
     acc = accumulate_dtype(q_THD)
     num_queries, num_heads, _ = q_THD.shape
     value_dim = v_SKD.shape[2]
-    if num_queries and len(k_SKD) and serves_natively(q_THD):
+    if num_queries and len(k_SKD) and native.serves(q_THD):
         out_THD, lse_TH = native.forward(q_THD, k_SKD, v_SKD, call, tally)
         return Partial(out_THD.to(call.result_dtype), lse_TH)
     sums = Sums.nothing(num_queries * num_heads, value_dim, q_THD, acc)
@@ -134,7 +133,7 @@ def attend_partial_backward(
     lse_TH = torch.where(lse_TH == -torch.inf, 0.0, lse_TH).to(acc).contiguous()
     delta_TH = delta_TH.to(acc).contiguous()
     result = call.result_dtype
-    if num_queries and len(k_SKD) and serves_natively(q_THD):
+    if num_queries and len(k_SKD) and native.serves(q_THD):
         gradients = native.backward(dout_THD, q_THD, k_SKD, v_SKD, lse_TH, delta_TH, call)
         return gradients[0].to(result), gradients[1].to(result), gradients[2].to(result)
     dq = q_THD.new_zeros((num_queries * num_heads + 1, dim), dtype=acc)

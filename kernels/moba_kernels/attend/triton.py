@@ -141,10 +141,7 @@ def _tiles(
 
 def _lists_of(unit: Unit, call: AttendCall, geometry: DeviceGeometry, num_kv_heads: int) -> PickLists:
     assert call.routing is not None
-    stored = call.routing.stored
-    # uint16 knows few operations, slices among them on some devices: int16 carries the same bits.
-    bits = stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
-    return build_lists(unit.queries(bits, num_kv_heads), geometry, unit.kv_stop - unit.kv_first)
+    return build_lists(unit.queries(call.routing.bits, num_kv_heads), geometry, unit.kv_stop - unit.kv_first)
 
 
 def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, tally: PairTally | None) -> Partial:

@@ -70,25 +70,25 @@ static i64 lay_out(const Call *call, Scratch *s, char *memory)
     i64 chunks = 0;
     for (i64 a = 0; call->picks && a < call->num_ranges; a++)
         chunks = max64(chunks, call->range_chunks[a + 1] - call->range_chunks[a]);
-    char *at = memory;
-    s->lines = take(&at, 4 * max64(q, v) * f);
-    s->k_rows.data = take(&at, KEYS * q * f);
-    s->v_rows.data = take(&at, KEYS * v * f);
-    s->k_columns.data = take(&at, KEYS * q * f);
-    s->v_columns.data = take(&at, KEYS * v * f);
-    s->q = take(&at, ROWS * q * f);
-    s->dout = take(&at, ROWS * v * f);
-    s->weights = take(&at, ROWS * WEIGHTS * f);
-    s->dscores = take(&at, ROWS * WEIGHTS * f);
-    s->dk = take(&at, KEYS_BACKWARD * q * f);
-    s->dv = take(&at, KEYS_BACKWARD * v * f);
-    s->totals = take(&at, rows * W * f);
-    s->ends = take(&at, (chunks + 1) * sizeof(i64));
-    s->chunks = take(&at, (entries + 1) * sizeof(int32_t)); /* one more: the last try is written, too */
-    s->listed = take(&at, (entries + 1) * sizeof(i64));
-    s->rows = take(&at, entries * sizeof(i64));
-    s->own_rows = take(&at, rows * sizeof(i64));
-    s->own_limits = take(&at, rows * sizeof(i64));
+    i64 at = 0;
+    s->lines = take(memory, &at, 4 * max64(q, v) * f);
+    s->k_rows.data = take(memory, &at, KEYS * q * f);
+    s->v_rows.data = take(memory, &at, KEYS * v * f);
+    s->k_columns.data = take(memory, &at, KEYS * q * f);
+    s->v_columns.data = take(memory, &at, KEYS * v * f);
+    s->q = take(memory, &at, ROWS * q * f);
+    s->dout = take(memory, &at, ROWS * v * f);
+    s->weights = take(memory, &at, ROWS * WEIGHTS * f);
+    s->dscores = take(memory, &at, ROWS * WEIGHTS * f);
+    s->dk = take(memory, &at, KEYS_BACKWARD * q * f);
+    s->dv = take(memory, &at, KEYS_BACKWARD * v * f);
+    s->totals = take(memory, &at, rows * W * f);
+    s->ends = take(memory, &at, (chunks + 1) * sizeof(i64));
+    s->chunks = take(memory, &at, (entries + 1) * sizeof(int32_t)); /* one more: the last try is written, too */
+    s->listed = take(memory, &at, (entries + 1) * sizeof(i64));
+    s->rows = take(memory, &at, entries * sizeof(i64));
+    s->own_rows = take(memory, &at, rows * sizeof(i64));
+    s->own_limits = take(memory, &at, rows * sizeof(i64));
     for (i64 i = 0; memory && i < ROWS; i++) {
         s->weights_of[i] = s->weights + i * WEIGHTS;
         s->dscores_of[i] = s->dscores + i * WEIGHTS;
@@ -97,7 +97,7 @@ static i64 lay_out(const Call *call, Scratch *s, char *memory)
         s->dk_of[j] = s->dk + j * q;
         s->dv_of[j] = s->dv + j * v;
     }
-    return at - memory;
+    return at;
 }
 
 INLINE i64 row_of(i64 query, i64 head) { return query << HEAD_BITS | head; }
@@ -333,13 +333,15 @@ static void work(void *argument)
     Call *call = job->call;
     Scratch s = {0};
     const i64 heads = call->num_kv_heads, cells = heads * job->num_blocks * (job->backward ? call->num_ranges : 1);
-    char *memory = aligned_alloc(64, up(lay_out(call, &s, NULL), 64));
+    i64 ticket = atomic_fetch_add(&job->ticket, 1);
+    if (ticket >= cells) return; /* nothing is left for this thread */
+    char *memory = aligned_alloc(64, lay_out(call, &s, NULL));
     if (!memory) {
         atomic_store(&job->failed, true);
         return;
     }
     lay_out(call, &s, memory);
-    for (i64 ticket; (ticket = atomic_fetch_add(&job->ticket, 1)) < cells && !atomic_load(&job->failed);) {
+    for (; ticket < cells && !atomic_load(&job->failed); ticket = atomic_fetch_add(&job->ticket, 1)) {
         const i64 first = ticket / heads * call->query_block;
         if (job->backward) backward_cell(job, &s, ticket % heads, ticket / heads);
         else forward_block(call, &s, ticket % heads, first, min64(call->num_queries, first + call->query_block));
@@ -358,8 +360,7 @@ int moba_attend(Call *call, int backward)
     job.num_blocks = (call->num_queries + call->query_block - 1) / call->query_block;
     job.done = calloc(call->num_kv_heads * call->num_ranges * job.num_blocks, 1);
     if (!job.done) return 1;
-    const i64 cells = call->num_kv_heads * job.num_blocks;
-    moba_on_threads(min64(call->num_threads, cells), work, &job);
+    moba_on_threads(call->num_threads, call->num_kv_heads * job.num_blocks, work, &job);
     free(job.done);
     return job.failed;
 }

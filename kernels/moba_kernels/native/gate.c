@@ -57,16 +57,16 @@ INLINE i64 room_of(const Gate *gate) { return 2 * gate->num_slots + SPARE + W; }
 static i64 lay_out(const Gate *gate, Scratch *s, char *memory)
 {
     const i64 rows = up(gate->query_block * rows_of_query(gate), TILE), room = room_of(gate);
-    char *at = memory;
-    s->line = take(&at, up(gate->dim, W) * sizeof(float));
-    s->q = take(&at, rows * gate->dim * sizeof(double));
-    s->means = take(&at, CHUNKS * gate->dim * sizeof(double));
-    s->scores = take(&at, (TILE * CHUNKS + W) * sizeof(int32_t)); /* read in whole vectors from anywhere */
-    s->keys = take(&at, (rows * room + FEW) * sizeof(i64));
-    s->other = take(&at, (room + LANES) * sizeof(i64));
-    s->count = take(&at, rows * sizeof(i64));
-    s->lowest = take(&at, rows * sizeof(int32_t));
-    return at - memory;
+    i64 at = 0;
+    s->line = take(memory, &at, up(gate->dim, W) * sizeof(float));
+    s->q = take(memory, &at, rows * gate->dim * sizeof(double));
+    s->means = take(memory, &at, CHUNKS * gate->dim * sizeof(double));
+    s->scores = take(memory, &at, (TILE * CHUNKS + W) * sizeof(int32_t)); /* read in whole vectors from anywhere */
+    s->keys = take(memory, &at, (rows * room + FEW) * sizeof(i64));
+    s->other = take(memory, &at, (room + LANES) * sizeof(i64));
+    s->count = take(memory, &at, rows * sizeof(i64));
+    s->lowest = take(memory, &at, rows * sizeof(int32_t));
+    return at;
 }
 
 /* Queries from .. from + num - 1 in fp64, their heads summed where a group picks as one. */
@@ -262,13 +262,15 @@ static void work(void *argument)
     const Gate *gate = job->gate;
     Scratch s = {0};
     const i64 heads = gate->num_kv_heads, parts = heads * job->num_blocks;
+    i64 ticket = atomic_fetch_add(&job->ticket, 1);
+    if (ticket >= parts) return; /* nothing is left for this thread */
     char *memory = aligned_alloc(64, lay_out(gate, &s, NULL));
     if (!memory) {
         atomic_store(&job->failed, true);
         return;
     }
     lay_out(gate, &s, memory);
-    for (i64 ticket; (ticket = atomic_fetch_add(&job->ticket, 1)) < parts && !atomic_load(&job->failed);) {
+    for (; ticket < parts && !atomic_load(&job->failed); ticket = atomic_fetch_add(&job->ticket, 1)) {
         const i64 from = (job->num_blocks - 1 - ticket / heads) * gate->query_block; /* most candidates first */
         gate_block(gate, &s, ticket % heads, from, min64(gate->query_block, gate->num_queries - from));
     }
@@ -279,6 +281,6 @@ static void work(void *argument)
 int moba_gate(Gate *gate)
 {
     Job job = {.gate = gate, .num_blocks = (gate->num_queries + gate->query_block - 1) / gate->query_block};
-    moba_on_threads(min64(gate->num_threads, gate->num_kv_heads * job.num_blocks), work, &job);
+    moba_on_threads(gate->num_threads, gate->num_kv_heads * job.num_blocks, work, &job);
     return job.failed;
 }

@@ -1,5 +1,6 @@
 /* Threads to work on: PyTorch's own where it runs on GNU's OpenMP, or another that can be called like it. After their last
- * operation these wait for the next one without sleeping, and others would have to share the cores with them.
+ * operation these wait for the next one without sleeping, and others would have to share the cores with them. It is always
+ * asked for as many as PyTorch asks for, since it ends those that a smaller team leaves over.
  */
 
 #include "threads.h"
@@ -14,10 +15,14 @@ typedef struct {
 
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
+/* A fork has none of the threads, and OpenMP does not notice. */
+static void forget_threads(void) { parallel = NULL; }
+
 __attribute__((constructor)) static void find_threads(void)
 {
     void *loaded = dlopen(NULL, RTLD_LAZY);
     if (loaded) *(void **)&parallel = dlsym(loaded, "GOMP_parallel");
+    pthread_atfork(NULL, NULL, forget_threads);
 }
 
 static void *run(void *task)
@@ -26,17 +31,18 @@ static void *run(void *task)
     return NULL;
 }
 
-void moba_on_threads(i64 most, void (*work)(void *), void *job)
+void moba_on_threads(i64 threads, i64 parts, void (*work)(void *), void *job)
 {
+    const i64 most = min64(threads, parts);
     if (most > 1 && parallel) {
-        parallel(work, job, (unsigned)most, 0);
+        parallel(work, job, (unsigned)threads, 0);
         return;
     }
-    pthread_t *threads = calloc(most, sizeof *threads);
+    pthread_t *others = calloc(max64(most, 1), sizeof *others);
     Task task = {work, job};
-    i64 started = 0;
-    while (threads && started < most - 1 && !pthread_create(threads + started, NULL, run, &task)) started++;
+    i64 started = 0; /* fewer where no more can be had */
+    while (others && started < most - 1 && !pthread_create(others + started, NULL, run, &task)) started++;
     work(job);
-    for (i64 i = 0; i < started; i++) pthread_join(threads[i], NULL);
-    free(threads);
+    for (i64 i = 0; i < started; i++) pthread_join(others[i], NULL);
+    free(others);
 }

@@ -7,13 +7,17 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* work(job) on this thread and on most - 1 more; on fewer where no more can be had. */
-void moba_on_threads(i64 most, void (*work)(void *), void *job);
+/* work(job) on `threads` threads at one time, this one among them; where some would have to be made, on no more than it
+ * has parts.
+ */
+void moba_on_threads(i64 threads, i64 parts, void (*work)(void *), void *job);
 
-/* The next `bytes` of an allocation that is laid out piece by piece; pieces begin at cache lines. */
-static inline void *take(char **at, i64 bytes)
+/* Where the next piece of an allocation begins, `bytes` long; pieces begin at cache lines. `at` is what has been taken.
+ * Without memory only sizes add up.
+ */
+static inline void *take(char *memory, i64 *at, i64 bytes)
 {
-    void *here = *at;
+    void *here = memory ? memory + *at : NULL;
     *at += up(bytes, 64);
     return here;
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..native import Arguments, Rows
 
-# What each thread takes beyond inputs and picks (head dims to 4096, 16384 picks a query).
+# What each thread takes beyond inputs and picks (head dims to 1024, 64 query heads a KV head, 16384 picks a query).
 SCRATCH_BYTES = 32 << 20
 # A block of queries under one KV head: rows that share the conversion of a chunk's mean, fewer where each keeps more
 # keys than KEPT_KEYS allows; several blocks even of a short row, so that threads share it.

@@ -54,9 +54,7 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
             for batch in _batches(own, first, routed, q_THD.shape[2]):
                 rows = slice(batch.begin, batch.begin + len(batch.low_N) * batch.block_q)
                 picks[rows] = _pick(q_THD[rows], mean_CKD, spec, own_T[rows], first_T[rows], batch, kept)
-    return Routing(
-        picks.view(torch.uint16) if picks.dtype == torch.int16 else picks, spec, pack, q_positions, complete=True
-    )
+    return Routing.of_bits(picks, spec, pack, q_positions, complete=True)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def route_means(q_THD: Tensor, mean_CKD: Tensor, spec: MoBA, *, pack: Pack, q_po
         first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]]
         heads = (num_heads // routed, routed // num_kv_heads)
         _launch(q_THD, split_means(mean_CKD), own_T.int(), first_T.int(), stored, heads, words)
-    return Routing(stored.view(torch.uint16) if words == 1 else stored, spec, pack, q_positions, complete=True)
+    return Routing.of_bits(stored, spec, pack, q_positions, complete=True)
 
 
 def split_means(mean_CKD: Tensor) -> Tensor:
