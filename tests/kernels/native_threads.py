@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 
@@ -37,6 +38,7 @@ if __name__ == "__main__":
     if not sys.argv[3:]:
         print(found)
     elif os.fork() == 0:
+        signal.alarm(60)
         print(len(threads_of(library, most)), flush=True)
         os._exit(0)
     else:
