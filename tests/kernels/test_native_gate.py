@@ -32,11 +32,11 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(native, "BLOCK_ROWS", 7)
 
 
-def scored(scores, spec, dtype=torch.float32):
-    """The routing where chunk i, of one token, has the score scores[i] for the last query: means are the keys."""
+def scored(scores, spec, query=1.0):
+    """The routing where chunk i, of one token, has the score query * scores[i] for the last query."""
     tokens = len(scores) + 1
     means = torch.cat((scores, torch.zeros(1)))[:, None, None]
-    q = torch.ones(1, 1, 1, dtype=dtype)
+    q = torch.full((1, 1, 1), query)
     return route_means(q, means, spec, pack=Pack([0, tokens]), q_positions=torch.tensor([tokens - 1]))
 
 
@@ -71,6 +71,11 @@ def test_infinite_scores_are_the_best_and_the_worst_ones():
     scores[[3, 50]], scores[[4, 89]] = torch.inf, -torch.inf
     assert scored(scores, MoBA(1, 4)).picks[0, 0].tolist() == [50, 3, 88]
     assert scored(scores, MoBA(1, 91)).picks[0, 0].tolist()[-2:] == [89, 4]
+
+
+def test_scores_that_round_to_a_zero_of_either_sign_tie():
+    scores = torch.tensor([1e-30, -1e-30, 1e-30, -1e-30])
+    assert scored(scores, MoBA(1, 5), query=1e-30).picks[0, 0].tolist() == [3, 2, 1, 0]
 
 
 def test_scores_that_are_not_numbers_leave_picks_that_are_candidates():
