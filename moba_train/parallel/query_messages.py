@@ -30,7 +30,7 @@ class Arrived(NamedTuple):
     position_Q: Tensor
     """int64 global token indices: ascending within a head, because a query comes from one rank."""
     picks_QP: Tensor
-    """As `Routing` stores them; uint16 viewed as int16, which can be indexed."""
+    """`Routing.bits`."""
     order_Q: Tensor
     """int64: where each stood in the message."""
 

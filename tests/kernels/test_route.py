@@ -128,6 +128,7 @@ def test_ids_beyond_32767_survive_the_narrow_storage_and_wide_ids_the_wide_one()
         assert routing.stored.dtype == dtype
         assert torch.equal(routing.chunk_ids, ids.int())
         assert torch.equal(routing.select(torch.tensor([1])).chunk_ids, ids[1:].int())
+        assert Routing.of_bits(routing.bits, spec, pack, positions).equals(routing)
 
 
 @pytest.mark.parametrize(

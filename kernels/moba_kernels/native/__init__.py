@@ -110,7 +110,7 @@ class Arguments:
     def run(self, function: str, *flags: int) -> None:
         """Raises MemoryError."""
         if library()[function](ctypes.byref(self.to), *flags):
-            raise MemoryError(f"{function}: no memory for what its threads work in")
+            raise MemoryError(f"on CPU: no memory for what the threads of {function} work in")
 
 
 @cache
