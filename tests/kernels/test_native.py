@@ -198,6 +198,30 @@ def test_queries_that_pick_all_chunks_before_their_own_are_plain_causal_attentio
     assert_close(attend(q, k, v, spec, cu_seqlens=cu, routing=none).out, alone, 1e-6)
 
 
+@pytest.mark.usefixtures("blocks", "watched")
+@pytest.mark.parametrize("keys_of_a_list", [0, 12, 1 << 20], ids=["lists", "as it is", "masks"])
+@pytest.mark.parametrize("spec", [MoBA(1, 40), MoBA(2, 60, "group"), MoBA(4, 40), MoBA(16, 5), MoBA(23, 3)], ids=str)
+def test_lists_of_picks_and_masks_over_documents_are_the_same_attention(spec, keys_of_a_list, monkeypatch):
+    """Masks of several words, of chunks that are whole vectors or not and lie across tiles, over whole documents."""
+    monkeypatch.setattr(native, "MASK_KEYS", keys_of_a_list)
+    check_against_oracle([0, 530, 535, 600], spec, dim=8, **FP32)
+
+
+@pytest.mark.usefixtures("watched")
+def test_where_most_short_chunks_are_picked_the_others_are_hidden_by_a_mask(monkeypatch):
+    """Queries with 7 picks among up to 12 chunks: a list costs as much as 16 + 12 keys, the mask 12 * 16 of 7 * 28."""
+    cu, spec = [0, 640], MoBA(16, 8)
+    q, k, v, _ = make_qkv(cu, heads=1, kv_heads=1, dtype=torch.float32)
+
+    def scored(keys_of_a_list):
+        monkeypatch.setattr(native, "MASK_KEYS", keys_of_a_list)
+        return attend(q, k, v, spec, cu_seqlens=cu).report.scored_pairs
+
+    hidden = sum(16 * 16 * (before - 7) for before in range(8, 13))
+    assert hidden <= scored(12) - scored(0) <= 1.5 * hidden  # what the tiles of a segment have beyond the diagonal
+    assert scored(2) == scored(0)  # 8 * 16 > 7 * 18
+
+
 @pytest.mark.usefixtures("watched")
 def test_rows_that_see_no_key_are_nothing_and_get_and_give_nothing():
     pack, early, late = Pack([0, 50]), torch.arange(20), torch.arange(20, 50)

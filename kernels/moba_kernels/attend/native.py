@@ -11,6 +11,7 @@ that pick, P picks, C chunks, A ranges of keys.
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,23 +35,28 @@ BYTES_OF_ROW = 32
 CACHE_BYTES = 1 << 19
 LIST_ROWS = 48
 MIN_BLOCK = 32
-BYTES_OF_ENTRY = 20
-BYTES_OF_NOTE = 80
+BYTES_OF_ENTRY = 22
+BYTES_OF_NOTE = 88
 MAX_NOTES = 1 << 24
 # Cells of a backward pass, over all KV heads: enough ranges for as many threads to work side by side.
 MAX_RANGES = 16
 MIN_RANGE_KEYS = 256
 FORWARD, BACKWARD = 0, 1
+# Ways to take picks: all of them lie in the segment, or they go by lists, or the segment is the document with a mask.
+# A mask multiplies out what was not picked; lists cost what MASK_KEYS more keys in every chunk would.
+PLAIN, LISTED, MASKED = range(3)
+MASK_KEYS = 12
+BITS_OF_WORD = 64
 MAX_HEADS = 1 << 20  # a row's number keeps 20 bits for its head
 
 _POINTERS = (
     *("out", "lse", "dq", "dk", "dv", "delta"),
-    *("own_begin", "own_end", "picks", "takes", "chunk_keys", "range_keys", "range_chunks"),
+    *("own_begin", "own_end", "picks", "ways", "own_chunk", "chunk_keys", "range_keys", "range_chunks"),
 )
 _SIZES = (
     *("num_queries", "num_heads", "num_kv_heads", "dim", "value_dim", "num_routed", "num_slots", "wide_picks"),
     *("picks_token", "picks_head"),
-    *("query_block", "num_ranges", "num_threads", "attended", "scored"),
+    *("query_block", "num_words", "num_ranges", "num_threads", "attended", "scored"),
 )
 
 
@@ -114,19 +120,21 @@ def _prepared(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, *, 
     )
     query_T = host_positions(call.q_positions, call.pack.num_tokens)
     key_S = host_positions(call.k_positions, call.pack.num_tokens)
-    own_begin_T, takes_T = _plain_and_picked(call, query_T, key_S)
-    arguments.array("own_begin", own_begin_T)
+    ways = _Ways.of(call, query_T, key_S)
+    arguments.array("own_begin", ways.own_begin_T)
     arguments.array("own_end", visible_keys(call)[:-1])
     num_ranges = _num_ranges(num_keys, num_kv_heads) if backward else 1
     slots, lists_of_query = 0, 0.0
-    if call.routing is not None and call.routing.stored.numel() and takes_T.any():
+    if call.routing is not None and call.routing.stored.numel() and ways.way_T.any():
         geometry = call.pack.chunks(call.routing.spec.chunk_size)
         key_edges_C = np.searchsorted(key_S, np.append(geometry.start_C, call.pack.num_tokens))
         stored = call.routing.stored
         _, num_routed, slots = stored.shape
-        arguments.array("takes", takes_T, np.uint8)
+        arguments.array("ways", ways.way_T, np.uint8)
+        arguments.array("own_chunk", ways.own_chunk_T)
         arguments.array("chunk_keys", key_edges_C)
         arguments.sizes(num_routed=num_routed, num_slots=slots, wide_picks=stored.dtype == torch.int32)
+        arguments.sizes(num_words=ways.num_words)
         arguments.picks(stored)
         num_chunks = len(key_edges_C) - 1
         num_ranges = min(num_ranges, num_chunks)
@@ -143,22 +151,34 @@ def _prepared(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall, *, 
     return arguments
 
 
-def _plain_and_picked(call: AttendCall, query_T: IntArray, key_S: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """(the key at hand from which on a query attends to all up to itself, does it take its picks?), both [T].
+class _Ways(NamedTuple):
+    """How queries take their picks: which keys their segments begin with, and what those lack."""
 
-    In the first topk chunks of a document a query picks every chunk before its own, if it took all it could: that is
-    plain causal attention from the document's first token on, whether or not the document goes on.
-    """
-    if call.routing is None:
-        edges = call.segments.edges
-        segment_T = np.searchsorted(edges, query_T, side="right") - 1
-        return np.searchsorted(key_S, edges)[segment_T], np.zeros(len(query_T), dtype=bool)
-    spec = call.routing.spec
-    geometry = call.pack.chunks(spec.chunk_size)
-    every_C = geometry.index_in_doc_C < (spec.topk if call.routing.complete else 1)
-    begin_C = np.where(every_C, call.pack.bounds[geometry.doc_C], geometry.start_C)
-    chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
-    return np.searchsorted(key_S, begin_C)[chunk_T], ~every_C[chunk_T]
+    own_begin_T: IntArray  # the key at hand from which on a query attends to all up to itself, but for a mask
+    way_T: npt.NDArray[np.uint8]  # PLAIN, LISTED or MASKED
+    own_chunk_T: IntArray
+    num_words: int  # of a mask
+
+    @classmethod
+    def of(cls, call: AttendCall, query_T: IntArray, key_S: IntArray) -> Self:
+        """In the first topk chunks of a document a query picks every chunk before its own, if it took all it could:
+        that is plain causal attention from the document's first token on, whether or not the document goes on. In those
+        behind them it still picks most, and where chunks are short hiding the others costs less than lists."""
+        if call.routing is None:
+            edges = call.segments.edges
+            segment_T = np.searchsorted(edges, query_T, side="right") - 1
+            none_T = np.zeros_like(query_T)
+            return cls(np.searchsorted(key_S, edges)[segment_T], none_T.astype(np.uint8), none_T, 0)
+        spec, slots = call.routing.spec, call.routing.stored.shape[2]
+        geometry = call.pack.chunks(spec.chunk_size)
+        before_C = geometry.index_in_doc_C
+        every_C = before_C < (spec.topk if call.routing.complete else 1)
+        masked_C = ~every_C & (before_C * spec.chunk_size <= slots * (spec.chunk_size + MASK_KEYS))
+        begin_C = np.where(every_C | masked_C, call.pack.bounds[geometry.doc_C], geometry.start_C)
+        way_C = np.select((every_C, masked_C), (PLAIN, MASKED), LISTED).astype(np.uint8)
+        chunk_T = geometry.tensors("cpu").chunk_of_token_T.numpy()[query_T]
+        most = int(before_C[masked_C].max(initial=0))
+        return cls(np.searchsorted(key_S, begin_C)[chunk_T], way_C[chunk_T], chunk_T, -(-most // BITS_OF_WORD))
 
 
 def _num_ranges(num_keys: int, num_kv_heads: int) -> int:

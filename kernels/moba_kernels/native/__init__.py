@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 SOURCES = ("attend.c", "gate.c", "threads.c")
-HEADERS = ("products.h", "rows.h", "threads.h", "vectors.h")
+HEADERS = ("call.h", "masks.h", "products.h", "rows.h", "threads.h", "vectors.h")
 # Without -ffast-math: sums keep the order that they are written in, and NaN stays NaN.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # "This machine's instructions": compilers for x86 know the first, those for Arm the second.

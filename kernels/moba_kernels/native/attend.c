@@ -7,49 +7,12 @@
  * Backward: a cell is a block of queries and a range of keys. A cell adds to dq after the cell of the same queries before
  * it, and to dk and dv after that of the same keys, so sums have one order whatever the threads do. Cells are handed out
  * antidiagonal by antidiagonal, so what a cell waits for has been handed out before.
- *
- * T queries at hand, S keys at hand, H query heads, K KV heads, R heads that pick, P picks, C chunks, A ranges of keys.
- * A row is one (query, head): query << HEAD_BITS | head.
  */
 
-#include "products.h"
-#include "threads.h"
+#include "masks.h"
 
 #include <pthread.h>
 #include <sched.h>
-
-enum { HEAD_BITS = 20 };
-enum { ROWS = 48, KEYS = 256, KEYS_BACKWARD = 128, WEIGHTS = KEYS + W /* a row of weights, off the powers of two */ };
-
-/* attend/native.py has the same structure. */
-typedef struct {
-    Rows q, k, v, dout;
-    float *out, *lse;      /* [T,H,Dv], [T,H]; backward reads lse */
-    float *dq, *dk, *dv;   /* [T,H,D], [S,K,D], [S,K,Dv], added to */
-    const float *delta;    /* [T,H] */
-    const i64 *own_begin, *own_end; /* [T]: the keys of a query's segment up to itself */
-    const void *picks;     /* [T,R,P], P dense: uint16 (65535 = none) or int32 (-1 = none); NULL without picks */
-    const uint8_t *takes;  /* [T]: does the query take its picks? */
-    const i64 *chunk_keys; /* [C+1]: chunk c has keys chunk_keys[c] .. chunk_keys[c+1] - 1 of those at hand */
-    const i64 *range_keys, *range_chunks; /* [A+1] */
-    i64 num_queries, num_heads, num_kv_heads, dim, value_dim, num_routed, num_slots, wide_picks;
-    i64 picks_token, picks_head; /* elements from one to the next */
-    i64 query_block, num_ranges, num_threads;
-    i64 attended, scored; /* counted here */
-    double scale;
-} Call;
-
-/* What a thread works in; one allocation. */
-typedef struct {
-    float *lines, *q, *dout, *weights, *dscores, *totals;
-    Panels k_rows, v_rows, k_columns, v_columns;
-    float *dk, *dv;
-    float *into[ROWS], *weights_of[ROWS], *dscores_of[ROWS], *dk_of[KEYS_BACKWARD], *dv_of[KEYS_BACKWARD];
-    i64 *ends, *listed, *rows, *own_rows, *own_limits;
-    int32_t *chunks;
-    i64 first, head; /* of the rows at hand */
-    i64 attended, scored;
-} Scratch;
 
 typedef struct {
     Call *call;
@@ -60,57 +23,6 @@ typedef struct {
     atomic_char *done; /* backward: [K, A, blocks] */
     pthread_mutex_t counts;
 } Job;
-
-/* Bytes of a scratch, which begins at `memory`. */
-static i64 lay_out(const Call *call, Scratch *s, char *memory)
-{
-    const i64 q = up(call->dim, W), v = up(call->value_dim, W), group = call->num_heads / call->num_kv_heads;
-    const i64 rows = call->query_block * group, f = sizeof(float);
-    const i64 entries = call->picks ? rows * call->num_slots : 0;
-    i64 chunks = 0;
-    for (i64 a = 0; call->picks && a < call->num_ranges; a++)
-        chunks = max64(chunks, call->range_chunks[a + 1] - call->range_chunks[a]);
-    i64 at = 0;
-    s->lines = take(memory, &at, 4 * max64(q, v) * f);
-    s->k_rows.data = take(memory, &at, KEYS * q * f);
-    s->v_rows.data = take(memory, &at, KEYS * v * f);
-    s->k_columns.data = take(memory, &at, KEYS * q * f);
-    s->v_columns.data = take(memory, &at, KEYS * v * f);
-    s->q = take(memory, &at, ROWS * q * f);
-    s->dout = take(memory, &at, ROWS * v * f);
-    s->weights = take(memory, &at, ROWS * WEIGHTS * f);
-    s->dscores = take(memory, &at, ROWS * WEIGHTS * f);
-    s->dk = take(memory, &at, KEYS_BACKWARD * q * f);
-    s->dv = take(memory, &at, KEYS_BACKWARD * v * f);
-    s->totals = take(memory, &at, rows * W * f);
-    s->ends = take(memory, &at, (chunks + 1) * sizeof(i64));
-    s->chunks = take(memory, &at, (entries + 1) * sizeof(int32_t)); /* one more: the last try is written, too */
-    s->listed = take(memory, &at, (entries + 1) * sizeof(i64));
-    s->rows = take(memory, &at, entries * sizeof(i64));
-    s->own_rows = take(memory, &at, rows * sizeof(i64));
-    s->own_limits = take(memory, &at, rows * sizeof(i64));
-    for (i64 i = 0; memory && i < ROWS; i++) {
-        s->weights_of[i] = s->weights + i * WEIGHTS;
-        s->dscores_of[i] = s->dscores + i * WEIGHTS;
-    }
-    for (i64 j = 0; memory && j < KEYS_BACKWARD; j++) {
-        s->dk_of[j] = s->dk + j * q;
-        s->dv_of[j] = s->dv + j * v;
-    }
-    return at;
-}
-
-INLINE i64 row_of(i64 query, i64 head) { return query << HEAD_BITS | head; }
-INLINE i64 query_of(i64 row) { return row >> HEAD_BITS; }
-INLINE i64 head_of(i64 row) { return row & ((1 << HEAD_BITS) - 1); }
-/* Which of all rows [T,H] it is. */
-INLINE i64 nth(const Call *call, i64 row) { return query_of(row) * call->num_heads + head_of(row); }
-
-/* What the weights of a row add up to, a vector whose lanes are added at the end. */
-INLINE float *total_of(const Scratch *s, i64 row, i64 group)
-{
-    return s->totals + ((query_of(row) - s->first) * group + head_of(row) - s->head) * W;
-}
 
 static void read_rows(const Rows *from, const i64 *rows, i64 num, i64 dim, float *to)
 {
@@ -128,9 +40,15 @@ static void forward_tile(const Call *call, Scratch *s, const i64 *rows, const i6
         float *weights = s->weights_of[i], *out = call->out + nth(call, rows[i]) * call->value_dim;
         float *total = total_of(s, rows[i], group), *highest = call->lse + nth(call, rows[i]);
         s->into[i] = out;
+        const bool masked = is_masked(call, rows[i]);
+        if (masked) {
+            for (i64 j = 0; j < width; j += W) store(weights + j, load(weights + j) * scale);
+            s->attended -= hide(call, s, rows[i], weights, -INFINITY);
+        }
+        const float times = masked ? 1 : scale; /* scaled before the mask: -inf * 0 would be NaN */
         vf top = splat(-INFINITY);
         for (i64 j = 0; j < width; j += W) {
-            vf x = load(weights + j) * scale;
+            vf x = load(weights + j) * times;
             if (j + W > seen[i])
                 for (i64 lane = max64(0, seen[i] - j); lane < W; lane++) x[lane] = -INFINITY;
             store(weights + j, x);
@@ -174,6 +92,10 @@ static void backward_tile(const Call *call, Scratch *s, const i64 *rows, const i
             store(weights + j, weight);
             store(dscores + j, (load(dscores + j) - delta) * scale * weight);
         }
+        if (is_masked(call, rows[i])) {
+            s->attended -= hide(call, s, rows[i], weights, 0);
+            hide(call, s, rows[i], dscores, 0);
+        }
     }
     product(num, call->dim, width, (Matrix){s->dscores, WEIGHTS, 1}, s->k_rows, s->into, true);
     product(width, v, num, (Matrix){s->weights, 1, WEIGHTS}, (Panels){s->dout, num, v, true}, s->dv_of, true);
@@ -197,6 +119,7 @@ static void visit(const Call *call, Scratch *s, bool backward, i64 kv_head, cons
         const i64 some = min64(at_once, count - begin), at = (first + begin) * call->num_kv_heads + kv_head;
         while (limits && row < num && limits[row] <= begin) row++; /* limits ascend */
         if (row == num) return;
+        if (limits && call->num_words) find_tile(call, s, first + begin, some);
         pack(&call->k, first + begin, some, kv_head, dim, s->lines, backward ? &s->k_rows : NULL, &s->k_columns);
         pack(&call->v, first + begin, some, kv_head, value_dim, s->lines, backward ? NULL : &s->v_rows,
              backward ? &s->v_columns : NULL);
@@ -244,22 +167,15 @@ static void segments(const Call *call, Scratch *s, bool backward, i64 kv_head, i
     }
 }
 
-INLINE i64 pick_of(const Call *call, i64 index)
-{
-    if (call->wide_picks) return ((const int32_t *)call->picks)[index];
-    const i64 pick = ((const uint16_t *)call->picks)[index];
-    return pick == 65535 ? -1 : pick;
-}
-
 /* Queries first .. stop - 1 against the chunks of a range that they picked: a counting sort, then chunk after chunk. */
 static void picked(const Call *call, Scratch *s, bool backward, i64 kv_head, i64 first, i64 stop, i64 range)
 {
-    const i64 group = call->num_heads / call->num_kv_heads, routed = call->num_routed / call->num_kv_heads;
+    const i64 group = call->num_heads / call->num_kv_heads, routed = routed_of(call);
     const i64 members = group / routed, slots = call->num_slots;
     const i64 chunk0 = call->range_chunks[range], chunks = call->range_chunks[range + 1] - chunk0;
     i64 num = 0;
     for (i64 t = first; t < stop; t++)
-        for (i64 r = 0; call->takes[t] && r < routed; r++) {
+        for (i64 r = 0; call->ways[t] == LISTED && r < routed; r++) {
             const i64 at = t * call->picks_token + (kv_head * routed + r) * call->picks_head;
             const i64 row = row_of(t, s->head + r * members);
             for (i64 p = 0; p < slots; p++) { /* no branch, which would be guessed wrong half of the time */
@@ -285,6 +201,7 @@ static void cell(const Call *call, Scratch *s, bool backward, i64 kv_head, i64 f
 {
     s->first = first;
     s->head = kv_head * (call->num_heads / call->num_kv_heads);
+    if (call->num_words) mark(call, s, kv_head, first, stop);
     segments(call, s, backward, kv_head, first, stop, range);
     if (call->picks) picked(call, s, backward, kv_head, first, stop, range);
 }
