@@ -2,7 +2,8 @@
 
 It takes fp32, bf16 and fp16 of any head dims, any documents, positions and picks. Sizes of blocks and ranges follow
 from the sizes of a call, never from the number of threads, and every sum has one order: bits are the same for any
-number of threads. A row's output depends, to the bit, on itself and earlier rows alone, if later ones are finite.
+number of threads. A row's output depends, to the bit, on itself and earlier rows alone, if values that have weight 0
+(later ones, and those of chunks that a mask hides) are finite.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, R heads
 that pick, P picks, C chunks, A ranges of keys.
