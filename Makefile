@@ -16,6 +16,14 @@ VENV_LATEST ?= .venv-latest
 READY_LATEST := $(VENV_LATEST)/.ready
 TORCH_LATEST ?= torch==2.13.0+cpu
 
+# pip compiles to bytecode what it installs, on one core, and nothing of an editable install: here all cores do, the
+# project included, which hundreds of short processes of the tests import. (What is written for a newer Python does not
+# compile; nobody imports it.)
+PIP := --quiet --disable-pip-version-check --no-compile
+define COMPILE
+@$(1)/bin/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/' $(1)/lib moba_train kernels tests docs >/dev/null || true
+endef
+
 # Without an NVIDIA driver the pinned CPU set is installed; with one, pip resolves the ranges of pyproject.toml.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 CONSTRAINTS := $(if $(filter 0,$(GPUS)),-c constraints-cpu.txt,)
@@ -38,7 +46,8 @@ $(READY): pyproject.toml constraints-cpu.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@index=; if [ "$(GPUS)" = 0 ] && $(PYTHON) -c 'from urllib.request import urlopen; urlopen("$(TORCH_INDEX)/", timeout=5)' 2>/dev/null; \
 	then index="--extra-index-url $(TORCH_INDEX)"; fi; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP) $$index $(CONSTRAINTS) -e '.[dev]'
+	$(call COMPILE,$(VENV))
 	@touch $@
 
 .PHONY: setup
@@ -70,14 +79,15 @@ $(READY_LATEST): pyproject.toml constraints-latest.txt
 	  echo "then name it: make test-latest PYTHON_LATEST=/path/to/python3.12" >&2; exit 1; \
 	fi
 	@test -x $(VENV_LATEST)/bin/python || $(PYTHON_LATEST) -m venv $(VENV_LATEST)
-	@if ! $(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) '$(TORCH_LATEST)'; then \
+	@if ! $(VENV_LATEST)/bin/python -m pip install $(PIP) --no-deps --extra-index-url $(TORCH_INDEX) '$(TORCH_LATEST)'; then \
 	  echo "$(TORCH_LATEST) was not found; it is looked for at $(TORCH_INDEX) too. Name a wheel of it:" >&2; \
 	  echo "make test-latest TORCH_LATEST=/path/to/wheel, or take the build that PyPI has: TORCH_LATEST=torch==2.13.0" >&2; \
 	  echo "(on Linux it is made for CUDA and brings 3 GB; the tests run on the CPU all the same)." >&2; exit 1; \
 	fi
-	@$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH_LATEST)'
+	@$(VENV_LATEST)/bin/python -m pip install $(PIP) '$(TORCH_LATEST)'
 	@grep -v '^torch==' constraints-latest.txt \
-	  | $(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r /dev/stdin -e .
+	  | $(VENV_LATEST)/bin/python -m pip install $(PIP) --no-deps -r /dev/stdin -e .
+	$(call COMPILE,$(VENV_LATEST))
 	@touch $@
 
 .PHONY: test-latest

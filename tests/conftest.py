@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,14 @@ import pytest
 
 # As the Makefile has it: workers and ranks that take all cores each wait for one another, for ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Collecting tests imports all there is. What that leaves lives as long as the process: no garbage is looked for in it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

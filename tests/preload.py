@@ -8,6 +8,9 @@ from importlib import import_module
 for name in (
     "pytest",
     "torch._dynamo",  # an optimizer loads it
+    "moba_kernels.attend.torch",  # with the next two, what a call of the operator loads
+    "moba_kernels.key_conv.torch",
+    "moba_kernels.route.torch",
     "moba_train.commands.train",
     "moba_train.engine.megatron",
     "moba_train.train.megatron_io",

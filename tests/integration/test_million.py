@@ -1,4 +1,4 @@
-"""`make million` at an eighth of its length: one document of 131,072 tokens on two ranks, through the same commands."""
+"""`make million` at a sixteenth of its length: a document of 65,536 tokens on two ranks, through the same commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moba_train.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "million_cpu.toml"
-SHORT, LONG = 16_384, 131_072
+SHORT, LONG = 16_384, 65_536
 
 
 def command(words: list[str], folder: Path) -> str:
@@ -70,7 +70,7 @@ def test_memory_is_known_by_component_and_small(run: tuple[str, list[dict[str, A
     assert {f"memory/{name}_gib" for name, _ in COMPONENTS} <= record.keys()
     parts = [record[f"memory/{name}_gib"] for name in ("libraries", "data", "kept", "attention")]
     assert 0.7 * sum(parts) < record["memory/peak_gib"] < 1.3 * sum(parts)
-    assert record["memory/peak_all_ranks_gib"] < 3.5  # the whole logits and activations would be another 6
+    assert record["memory/peak_all_ranks_gib"] < 2.8  # the whole logits and activations would be another 3
     assert record["memory/loss_gib"] < 0.25 * LONG / 2 * 4096 * 4 / 2**30
     assert "peak memory by component" in said and "  attention " in said
     report = (folder / "runs" / "million" / "report.html").read_text("utf-8")
@@ -80,5 +80,5 @@ def test_memory_is_known_by_component_and_small(run: tuple[str, list[dict[str, A
 def test_the_time_per_token_does_not_grow_with_the_row(run: tuple[str, list[dict[str, Any]], Path]) -> None:
     said, records, _ = run
     short_us, long_us = (1e6 / records[i]["perf/tokens_per_s"] for i in (1, 2))
-    assert long_us < 3 * short_us  # eight times, where work grows with the square; other processes may disturb
+    assert long_us < 2.5 * short_us  # four times, where work grows with the square; other processes may disturb
     assert "time per token, median step of each stage:" in said
