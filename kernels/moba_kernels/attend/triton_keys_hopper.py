@@ -6,7 +6,8 @@ multiply, with 64 keys each, and say by another (`empty`) that they have read th
 each other, so while one computes its weights the other has the tensor cores; warps that go in step leave them idle.
 
 Written in Gluon, the layer of Triton in which layouts, shared memory and barriers are the author's. The interpreter
-does not know it; `make gpu-test` holds it to the reference like every other kernel, `make aot` to its limits.
+does not know it; tests run it by an emulation of their own, `make gpu-test` holds it to the reference like every other
+kernel, `make aot` to its limits.
 
 Shape letters as in triton_keys.py: M rows of a unit, N keys of a group of warps (half of a tile), D head dim, E value
 dim. Names with _s lie in shared memory: a stage holds q [M, D], dout [M, E] and lse, delta and visible [M].
