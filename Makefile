@@ -17,11 +17,11 @@ READY_LATEST := $(VENV_LATEST)/.ready
 TORCH_LATEST ?= torch==2.13.0+cpu
 
 # pip compiles to bytecode what it installs, on one core, and nothing of an editable install: here all cores do, the
-# project included, which hundreds of short processes of the tests import. (What is written for a newer Python does not
-# compile; nobody imports it.)
+# project included, which hundreds of short processes of the tests import, and without what no run imports. (What is
+# written for a newer Python does not compile; nobody imports it.)
 PIP := --quiet --disable-pip-version-check --no-compile
 define COMPILE
-@$(1)/bin/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/' $(1)/lib moba_train kernels tests docs >/dev/null || true
+@$(1)/bin/python -m compileall -q -j 0 -x '/(tests?|_inductor|networkx|fontTools|mypy|physics)/|/(torch/testing|transformers/models)/' $(1)/lib moba_train kernels tests docs >/dev/null || true
 endef
 
 # Without an NVIDIA driver the pinned CPU set is installed; with one, pip resolves the ranges of pyproject.toml.

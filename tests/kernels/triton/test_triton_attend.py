@@ -264,7 +264,7 @@ def test_the_softmax_scale_is_the_callers(scale):
 
 
 def test_views_with_strides_give_the_same():
-    cu, spec = [0, 40], MoBA(8, 3)
+    cu, spec = [0, 40], MoBA(16, 2)
     pack = Pack(cu)
     q, k, v, dout = make_qkv(cu, dim=32, dtype=FP32)
     routing = routing_of(spec, pack, 4, 2)
