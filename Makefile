@@ -21,7 +21,7 @@ TORCH_LATEST ?= torch==2.13.0+cpu
 # written for a newer Python does not compile; nobody imports it.)
 PIP := --quiet --disable-pip-version-check --no-compile
 define COMPILE
-@$(1)/bin/python -m compileall -q -j 0 -x '/(tests?|_inductor|networkx|fontTools|mypy|physics)/|/(torch/testing|transformers/models)/' $(1)/lib moba_train kernels tests docs >/dev/null || true
+@$(1)/bin/python -m compileall -q -j 0 -x '/(tests?|_inductor|networkx|fontTools|mypy|physics)/|/(torch/testing|transformers/models)/' $(1)/lib moba_train kernels tests docs >/dev/null 2>&1 || true
 endef
 
 # Without an NVIDIA driver the pinned CPU set is installed; with one, pip resolves the ranges of pyproject.toml.
