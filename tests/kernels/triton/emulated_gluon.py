@@ -183,7 +183,7 @@ class _Machine:
         at, there = pointer.places(mask)
         assert at.shape == to.shape
         x = pointer.memory[at].where(there, torch.zeros((), dtype=to.dtype))
-        self.unsent.setdefault(self.schedule.running, []).append(lambda: to.write(x, fenced=False))
+        self.unsent.setdefault(self.schedule.running, []).append(lambda: to.write(x))
 
     def _arrive_with_copies(self, barrier: Barrier, increment_count: bool) -> None:
         assert not increment_count

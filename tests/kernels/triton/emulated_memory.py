@@ -113,7 +113,7 @@ class Pending:
 
 
 class Shared:
-    """A piece of shared memory: what it holds, when that was written, and whether by instructions that want a fence."""
+    """A piece of shared memory: what it holds, how often that was written, and whether a fence has come since."""
 
     def __init__(self, x: Tensor, written: Tensor, unfenced: Tensor) -> None:
         self.x, self.written, self.unfenced = x, written, unfenced
@@ -145,12 +145,12 @@ class Shared:
         return Value(self.x.clone())
 
     def store(self, value: Value) -> None:
-        self.write(value.x, fenced=False)
+        self.write(value.x)
 
-    def write(self, x: Tensor, *, fenced: bool) -> None:
+    def write(self, x: Tensor) -> None:
         self.x.copy_(x)
         self.written += 1
-        self.unfenced.fill_(not fenced)
+        self.unfenced.fill_(True)
 
 
 class Barrier:
