@@ -13,7 +13,11 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-if not INTERPRETED:
+if INTERPRETED:
+    from . import lean_interpreter
+
+    lean_interpreter.install()
+else:
     collect_ignore_glob = ["test_*.py"]
 
 
