@@ -39,6 +39,8 @@ UNIT_QUERIES = 128
 # Of a pick: its list entry; of a list (chunk and slot): edges, counts of rows and tiles, and the tile table's share.
 BYTES_OF_PICK = 4
 BYTES_OF_LIST = 56
+# Rows further apart are copied: kernels address a block of keys, which has at most 128, in 32 bits.
+MAX_ROW_STRIDE = (2**31 - 1) // 128
 # What a counting sort holds while it runs, whatever its size (triton_lists.py).
 SORT_BYTES = 8 * MAX_COUNTS
 
@@ -97,9 +99,9 @@ def work_units(num_queries: int, num_kv_heads: int, bytes_per_query: int, fixed_
     return [Unit(kv, kv + 1, *queries) for kv in range(num_kv_heads) for queries in ranges]
 
 
-def _rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Kernels take any strides but that of the last dim."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+def _addressable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As they are, or a copy: kernels ask for rows that are contiguous, and of one KV head not too far apart."""
+    return tuple(x if x.stride(2) == 1 and x.stride(0) <= MAX_ROW_STRIDE else x.contiguous() for x in tensors)
 
 
 def _picks_outside_segments(call: AttendCall) -> bool:
@@ -149,7 +151,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
     scale = call.scale
     if scale < 0:  # the kernels scale a maximum after it is taken
         q_THD, scale = -q_THD, -scale
-    q, k, v = _rows_contiguous(q_THD, k_SKD, v_SKD)
+    q, k, v = _addressable(q_THD, k_SKD, v_SKD)
     num_queries, num_heads, num_kv_heads = *q.shape[:2], k.shape[1]
     out = q.new_empty((num_queries, num_heads, v.shape[2]), dtype=call.result_dtype)
     lse = q.new_empty((num_queries, num_heads), dtype=torch.float32)
@@ -197,7 +199,7 @@ def attend_partial_backward(
 
     dQ and (dK, dV) are passes of their own: each writes its results without atomics, in one order.
     """
-    dout, q, k, v = _rows_contiguous(dout_THD.to(q_THD.dtype), q_THD, k_SKD, v_SKD)
+    dout, q, k, v = _addressable(dout_THD.to(q_THD.dtype), q_THD, k_SKD, v_SKD)
     lse, delta = (x.float().contiguous() for x in (lse_TH, delta_TH))
     dq, dk, dv = (x.new_empty(x.shape, dtype=call.result_dtype) for x in (q, k, v))
     num_queries, num_kv_heads = q.shape[0], k.shape[1]

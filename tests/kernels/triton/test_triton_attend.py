@@ -263,8 +263,26 @@ def test_the_softmax_scale_is_the_callers(scale):
         assert_close(got, want, 3e-5)
 
 
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "dout"])
+def test_tokens_so_far_apart_in_memory_that_a_block_of_keys_spans_more_than_32_bits(tmp_path, which):
+    spec, pack = Full(), Pack([0, 40])
+    near = make_qkv([0, 40], 2, 1, 32, dtype=BF16)
+    apart, x = 2**26, near[which]
+    # A file with a hole: only what is touched takes memory.
+    elements = torch.from_file(str(tmp_path / "x"), shared=True, size=39 * apart + x[0].numel(), dtype=BF16)
+    far = [*near]
+    far[which] = elements.as_strided(x.shape, (apart, 32, 1)).copy_(x)
+    results = []
+    for q, k, v, dout in (near, far):
+        part = attend_partial(q, k, v, spec, pack=pack, backend="triton")
+        delta = row_dot(dout, part.out, FP32)
+        grads = attend_partial_backward(dout, q, k, v, part.lse, delta, spec, pack=pack, backend="triton")
+        results.append((part.out, part.lse, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_views_with_strides_give_the_same():
-    cu, spec = [0, 40], MoBA(16, 2)
+    cu, spec = [0, 40], MoBA(8, 3)
     pack = Pack(cu)
     q, k, v, dout = make_qkv(cu, dim=32, dtype=FP32)
     routing = routing_of(spec, pack, 4, 2)
