@@ -36,9 +36,10 @@ from .triton_rows import narrow_rows
 SCRATCH_BYTES = 512 << 20
 # Query ranges begin at multiples of it.
 UNIT_QUERIES = 128
-# Of a pick: its list entry; of a list (chunk and slot): edges, counts of rows and tiles, and the tile table's share.
+# Of a pick: its list entry; of a list (chunk and slot): edges, counts of rows and tiles, the tile table's share, and
+# what a program counts.
 BYTES_OF_PICK = 4
-BYTES_OF_LIST = 56
+BYTES_OF_LIST = 72
 # Rows further apart are copied: kernels address a block of keys, which has at most 128, in 32 bits.
 MAX_ROW_STRIDE = (2**31 - 1) // 128
 # What a counting sort holds while it runs, whatever its size (triton_lists.py).

@@ -128,17 +128,18 @@ def run_causal_forward(
     target: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Write out (any dtype) and lse of all queries; returns (attended, scored) per program. Scale is not negative."""
+    """Write out (any dtype) and lse of all queries; returns (attended, scored), the pairs. Scale is not negative."""
     group = q.shape[1] // k.shape[1]
     tiles = _segment_tiles(geometry, q.shape[0], group, tile.block_m)
-    attended, scored = q.new_zeros((2, k.shape[1] * tiles.bound), dtype=torch.int64)
+    counts = q.new_zeros((2, k.shape[1] * tiles.bound), dtype=torch.int64)
     causal_forward[(tiles.bound, k.shape[1])](
         q, k, v, *key_blocks(k, v, tile, target), out, lse,
         tiles.run_of_tile, tiles.ends, geometry.query_edges_G, geometry.key_edges_G,
-        geometry.visible_T, attended, scored, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+        geometry.visible_T, *counts, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
         lse.stride(0), geometry.num_segments, scale, **_constants(q.shape[2], v.shape[2], group, tile),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    attended, scored = counts.sum(1)  # read much later, if ever: numbers of programs would be kept until then
     return attended, scored
 
 

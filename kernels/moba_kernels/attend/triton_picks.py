@@ -140,19 +140,20 @@ def run_picks_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: PickLists, key_edges_C: Tensor, tile: Tile,
     target: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fold all picks into out (fp32) and lse, slot by slot; returns (attended, scored) per program and slot.
+    """Fold all picks into out (fp32) and lse, slot by slot; returns (attended, scored), the pairs.
 
     Scale is not negative.
     """
     tiles, programs, constants, sizes = _pick_tiles(lists, tile, q, v)
-    attended, scored = q.new_zeros((2, lists.num_slots * programs), dtype=torch.int64)
+    counts = q.new_zeros((2, lists.num_slots * programs), dtype=torch.int64)
     for slot in range(lists.num_slots):
         picks_forward[(programs,)](
             q, k, v, *key_blocks(k, v, tile, target), out, lse,
         lists.entries_E, lists.edges, tiles.run_of_tile, tiles.ends, key_edges_C,
-            attended, scored, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], lse.stride(0),
+            *counts, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], lse.stride(0),
             slot, *sizes, scale, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+    attended, scored = counts.sum(1)
     return attended, scored
 
 

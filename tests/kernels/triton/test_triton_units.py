@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from moba_kernels import Full, MoBA, Pack
+from moba_kernels import Full, MoBA, Pack, attend
 from moba_kernels.attend import triton as backend
 from moba_kernels.attend import triton_causal, triton_keys
 from tests.kernels.inputs import assert_close, make_qkv
@@ -67,6 +67,17 @@ def test_lists_and_accumulators_of_a_unit_are_gone_before_the_next_ones_are_made
     monkeypatch.setattr(backend, "run_causal_forward", causal_forward)
     run(*make_qkv([0, 20, 90], dim=32, dtype=BF16), spec, pack, routing_of(spec, pack, 4, 2))
     assert len(held) > 4
+
+
+def test_of_the_pairs_of_a_unit_a_report_keeps_the_sums_alone(budget_of_units):
+    """A number of every program of every unit would be gigabytes for a million tokens in short chunks."""
+    pack, spec = Pack([0, 20, 90]), MoBA(16, 3)
+    budget_of_units(A_RANGE)
+    q, k, v, _ = make_qkv([0, 20, 90], dim=32, dtype=BF16)
+    report = attend(q, k, v, spec, cu_seqlens=pack, routing=routing_of(spec, pack, 4, 2), backend="triton").report
+    kept = [*report.tally._attended, *report.tally._scored]
+    assert len(kept) == 24 and all(x.untyped_storage().nbytes() == 16 for x in kept)
+    assert report.computed_pairs == report.planned_pairs
 
 
 def test_kv_heads_one_at_a_time_and_layers_share_the_tables_that_none_of_them_changes(monkeypatch, budget_of_units):
