@@ -5,8 +5,6 @@ Shape letters: T query tokens, S key tokens, H query heads, K key/value heads, D
 
 from __future__ import annotations
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from .pack import Pack
 from .routing import Routing
 from .spec import AttentionSpec, Full, MoBA
 
+LARGEST_SCALE = torch.finfo(torch.float32).max
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -74,8 +73,11 @@ def check_backward(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, value_di
 def check_scale(softmax_scale: float | None) -> None:
     if softmax_scale is None:
         return
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float) or not isfinite(softmax_scale):
-        raise bad_argument("softmax_scale must be a finite number", repr(softmax_scale), "pass None for 1/sqrt(D)")
+    number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
+    if not number or not abs(softmax_scale) <= LARGEST_SCALE:  # NaN is not, either
+        raise bad_argument(
+            "softmax_scale must be a finite number of fp32", repr(softmax_scale), "pass None for 1/sqrt(D)"
+        )
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -131,9 +133,10 @@ def check_routing(
     if routing.stored.device.type == "cpu":
         routing.validate()
     made_for = routing.q_positions
-    if made_for is None or q_positions is None or made_for is q_positions:
-        return  # as many rows as the pack has tokens: these are the same queries
-    if made_for.device.type == q_positions.device.type == "cpu" and not torch.equal(made_for, q_positions):
+    if made_for is None or made_for is q_positions or made_for.device.type != "cpu":
+        return  # made for all tokens of the pack, and as many queries at hand, which ascend: these are the same
+    asked = torch.arange(pack.num_tokens) if q_positions is None else q_positions
+    if asked.device.type == "cpu" and not torch.equal(made_for, asked):
         raise bad_argument(
             "routing was made for other queries", "other q_positions", "use Routing.select for a part of it"
         )

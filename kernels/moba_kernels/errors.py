@@ -11,11 +11,12 @@ class BackendError(RuntimeError):
     def __init__(self, backend: str, reasons: Sequence[str], fix: str = "use backend='torch', which serves every call"):
         self.backend = backend
         self.reasons = tuple(reasons)
+        self.fix = fix
         listed = "".join(f"\n  - {reason}" for reason in self.reasons)
         super().__init__(f"backend {backend!r} cannot serve this call:{listed}\n  fix: {fix}")
 
-    def __reduce__(self) -> tuple[type[BackendError], tuple[str, tuple[str, ...]]]:
-        return type(self), (self.backend, self.reasons)
+    def __reduce__(self) -> tuple[type[BackendError], tuple[str, tuple[str, ...], str]]:
+        return type(self), (self.backend, self.reasons, self.fix)
 
 
 def bad_argument(what: str, got: object, fix: str) -> ValueError:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from .errors import bad_argument
 
+LARGEST = 2**31 - 1  # token and chunk indices are kept in 32 bits
+
 
 @dataclass(frozen=True, slots=True)
 class Full:
@@ -30,8 +32,9 @@ class MoBA:
     def __post_init__(self) -> None:
         for name in ("chunk_size", "topk"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise bad_argument(f"MoBA.{name} must be an integer >= 1", repr(value), f"pass {name} >= 1")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+                fix = f"pass {name} >= 1 (as long as the row: no limit)"
+                raise bad_argument(f"MoBA.{name} must be an integer >= 1, at most 2**31 - 1", repr(value), fix)
         if self.select not in ("head", "group"):
             raise bad_argument("MoBA.select must be 'head' or 'group'", repr(self.select), "pass select='head'")
 

@@ -182,6 +182,36 @@ def test_error_is_at_most_twice_that_of_the_plain_same_precision_way(spec, dtype
         assert error <= 2 * allowed, f"{name}: {error:.3g}, plain {allowed:.3g}"
 
 
+def check_under_a_bias_of_the_keys(spec, backend):
+    """All scores of a query are large then, and no query's dq is: what forward and backward round apart shows in it."""
+    cu = [0, 192]
+    q, k, v, dout = make_qkv(cu, heads=4, kv_heads=2, dim=32, dtype=torch.float32)
+    k += 100
+    result, *grads = run(q, k, v, dout, spec, cu, backend=backend, return_routing=True)
+    chosen = ids_to_chosen(result.routing) if result.routing else None
+    mask = torch.from_numpy(oracle.allowed_pairs(cu, cu[-1], 4, moba_tuple(spec), chosen))
+    exact = plain(*(x.double() for x in (q, k, v, dout)), mask)
+    usual = plain(q, k, v, dout, mask)
+    for name, got, want, peer in zip(("out", "dq", "dk", "dv"), (result.out, *grads), exact, usual, strict=True):
+        error, allowed = (float((x.detach().double() - want.detach()).square().mean().sqrt()) for x in (got, peer))
+        assert error <= 2 * allowed, f"{name}: {error:.3g}, plain {allowed:.3g}"
+
+
+@pytest.mark.parametrize("spec", [Full(), MoBA(8, 4), MoBA(8, 4, "group"), MoBA(64, 2)], ids=str)
+def test_a_bias_of_the_keys_costs_gradients_no_more_than_in_the_plain_way(spec):
+    check_under_a_bias_of_the_keys(spec, "torch")
+
+
+@pytest.mark.usefixtures("pytorch_alone")
+@pytest.mark.parametrize("spec", [Full(), MoBA(8, 4), MoBA(8, 4, "group"), MoBA(64, 2)], ids=str)
+def test_a_bias_of_the_keys_costs_no_more_without_compiled_kernels(spec):
+    check_under_a_bias_of_the_keys(spec, "torch")
+
+
+def test_a_bias_of_the_keys_costs_no_more_in_the_built_in_flash_kernel():
+    check_under_a_bias_of_the_keys(Full(), "flash")
+
+
 def test_large_scores_neither_overflow_nor_lose_the_sum():
     q, k, v, dout = make_qkv([0, 64], dtype=torch.float32)
     for spec in (Full(), MoBA(8, 3)):

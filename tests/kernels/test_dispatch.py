@@ -53,6 +53,7 @@ def test_a_backend_that_cannot_serve_a_call_refuses_with_every_reason():
         assert caught.value.backend == "triton" and len(caught.value.reasons) == 3
         assert all(word in str(caught.value) for word in ("CUDA", "float64", "16", "fix:"))
     assert pickle.loads(pickle.dumps(caught.value)).reasons == caught.value.reasons
+    assert "take another" in str(pickle.loads(pickle.dumps(BackendError("flash", ["old"], "take another"))))
 
 
 def test_a_missing_triton_is_named_with_an_install_hint(monkeypatch):
@@ -218,6 +219,14 @@ def bad_calls():
         "ragged cu_seqlens": (lambda: Pack([[0], [1, 2]]), "sequence of integers"),
         "scale is not a number": (lambda: attend(q, k, v, spec, softmax_scale="a"), "finite number"),
         "scale is NaN": (lambda: attend(q, k, v, spec, softmax_scale=float("nan")), "finite number"),
+        "scale beyond fp32": (lambda: attend(q, k, v, spec, softmax_scale=1e39), "finite number of fp32"),
+        "scale beyond all floats": (lambda: attend(q, k, v, spec, softmax_scale=10**400), "finite number of fp32"),
+        "chunk size beyond 32 bits": (lambda: MoBA(2**32, 1), "at most 2"),
+        "topk beyond 32 bits": (lambda: MoBA(4, 2**63), "at most 2"),
+        "routing of the same queries in another order": (
+            lambda: attend(q, k, v, spec, routing=routing.select(torch.arange(15, -1, -1))),
+            "other queries",
+        ),
         "chunk size is not an integer": (lambda: pack.chunks(2.5), "integer"),
         "backend is a list": (lambda: attend(q, k, v, spec, backend=["torch"]), "unknown backend"),
         "integer q to route_means": (lambda: route_means(q.long(), torch.zeros(4, 2, 16), spec, pack=pack), "float"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moba_kernels import Full, MoBA, Pack, Routing, attend, attend_partial, attend_partial_backward, route
 from moba_kernels.attend import native
@@ -256,6 +257,25 @@ def test_infinite_numbers_of_narrow_dtypes_are_infinite():
         v[0, 0, :2] = torch.tensor([torch.inf, -torch.inf])
         out = attend(q, k, v, Full()).out
         assert (out[:, :2, 0] == torch.inf).all() and (out[:, :2, 1] == -torch.inf).all()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["k", "v", "dout"])
+def test_tensors_without_memory_of_their_own_are_refused(which):
+    tensors = list(make_qkv([0, 20], dtype=torch.float32))
+    if which == 3:
+        out = attend(*(x.requires_grad_() for x in tensors[:3]), MoBA(8, 2)).out
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        tensors[which] = mode.from_tensor(tensors[which])
+    with pytest.raises(ValueError, match="memory of their own; got FakeTensor"):
+        out.backward(tensors[3]) if which == 3 else attend(*tensors[:3], MoBA(8, 2))
+
+
+@pytest.mark.usefixtures("watched")
+def test_the_sign_of_a_view_counts():
+    heads = [torch.randn(20, num, dtype=torch.complex64).conj().imag.unsqueeze(-1) for num in (4, 2, 2)]
+    assert all(x.is_neg() for x in heads)
+    assert torch.equal(attend(*heads, Full()).out, attend(*(x.resolve_neg() for x in heads), Full()).out)
 
 
 # What holds of PyTorch's own kernel holds of this one.

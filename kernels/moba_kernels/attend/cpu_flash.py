@@ -8,6 +8,7 @@ heads, L rows, M keys, D head dim.
 from __future__ import annotations
 
 from functools import cache
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -19,9 +20,21 @@ _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def _exactly_scaled(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """(q, scale) of the same scores, and what to multiply dq by; scale is a power of two.
+
+    The kernel rounds scale * q k^T in its forward pass and not in the backward pass. Of large scores, as under a bias
+    of the keys, the weights then differ, and dq = sum p (dP - delta) k no longer cancels.
+    """
+    q, scale, sign = with_positive_scale(q, scale)
+    if frexp(scale)[0] == 0.5:
+        return q, scale, sign
+    return q * scale, 1.0, sign * scale
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    q, scale, _ = with_positive_scale(q, scale)
+    q, scale, _ = _exactly_scaled(q, scale)
     out, lse = _FORWARD(q, k, v, 0.0, causal, scale=scale)
     return out, lse
 
@@ -37,9 +50,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
-    q, scale, sign = with_positive_scale(q, scale)
+    q, scale, factor = _exactly_scaled(q, scale)
     dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
-    return dq if sign == 1 else dq * sign, dk, dv
+    return dq if factor == 1 else dq.mul_(factor), dk, dv
 
 
 @cache

@@ -148,7 +148,7 @@ def forward_block(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, block: Block, sca
             into_lse.copy_(lse)
         else:
             merged, share = joined(into_lse, lse)
-            into.lerp_(out, share.unsqueeze(-1))
+            into.lerp_(out, share.to(acc).unsqueeze(-1))
             into_lse.copy_(merged)
 
 

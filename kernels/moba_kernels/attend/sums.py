@@ -13,14 +13,18 @@ from torch import Tensor
 
 
 def joined(lse: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse of both parts, the share of the added one); two parts of nothing are (-inf, 0)."""
-    both = torch.logaddexp(lse, added)
+    """(lse of both parts, the share of the added one), fp64; two parts of nothing are (-inf, 0)."""
+    both = torch.logaddexp(lse, added.double())
     return both, (added - both.clamp_min(torch.finfo(both.dtype).min)).exp_()
 
 
 @dataclass(frozen=True)
 class Sums:
-    """out [R+1,Dv], 0 where nothing was merged yet, and lse [R+1], -inf there."""
+    """out [R+1,Dv], 0 where nothing was merged yet, and lse [R+1], -inf there.
+
+    lse is fp64: of large scores, as under a bias of the keys, what fp32 rounds off moves weight between parts, and
+    backward, which takes it from the scores, then has a dq in which this does not cancel.
+    """
 
     out: Tensor
     lse: Tensor
@@ -29,16 +33,16 @@ class Sums:
     def nothing(cls, num_rows: int, value_dim: int, like: Tensor, dtype: torch.dtype) -> Sums:
         return cls(
             like.new_zeros((num_rows + 1, value_dim), dtype=dtype),
-            like.new_full((num_rows + 1,), -torch.inf, dtype=dtype),
+            like.new_full((num_rows + 1,), -torch.inf, dtype=torch.float64),
         )
 
     def merge_(self, rows: Tensor, out: Tensor, lse: Tensor, *, fresh: bool = False) -> None:
         """Fold in partial results of `rows`, each once, the spare row aside (formula: merge.py)."""
         if not fresh:
             lse, share = joined(self.lse.index_select(0, rows), lse)
-            out = self.out.index_select(0, rows).lerp_(out, share.unsqueeze(-1))
+            out = self.out.index_select(0, rows).lerp_(out, share.to(out.dtype).unsqueeze(-1))
         self.out.index_copy_(0, rows, out)
-        self.lse.index_copy_(0, rows, lse)
+        self.lse.index_copy_(0, rows, lse.double())
 
 
 @dataclass(frozen=True)

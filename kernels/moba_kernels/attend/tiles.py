@@ -132,7 +132,7 @@ def forward_steps(
         total = weights.sum(-1, keepdim=True)
         tile_out = torch.bmm(weights, _gather(v_SKD, batch.key_rows, num_tiles, acc))
         tile_out.div_(total if batch.seen_NM1 is None else torch.where(total == 0, 1.0, total))
-        tile_lse = top.add_(total.log()).flatten()
+        tile_lse = top.double().add_(total.double().log_()).flatten()
         sums.merge_(batch.rows, tile_out.flatten(0, 1), tile_lse, fresh=batch.fresh)
 
 

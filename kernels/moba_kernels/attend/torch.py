@@ -115,7 +115,7 @@ def attend_partial(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, call: AttendCall
         if tally is not None:
             tally.add(*part.pairs())
     out_THD = sums.out[:-1].view(num_queries, num_heads, value_dim).to(call.result_dtype)
-    return Partial(out_THD, sums.lse[:-1].view(num_queries, num_heads))
+    return Partial(out_THD, sums.lse[:-1].view(num_queries, num_heads).to(acc))
 
 
 def attend_partial_backward(

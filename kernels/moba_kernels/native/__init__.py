@@ -25,6 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..errors import bad_argument
+
 SOURCES = ("attend.c", "gate.c", "threads.c")
 HEADERS = ("call.h", "masks.h", "products.h", "rows.h", "threads.h", "vectors.h")
 # Without -ffast-math: sums keep the order that they are written in, and NaN stays NaN.
@@ -81,22 +83,29 @@ class Arguments:
 
     def rows(self, name: str, x: Tensor) -> None:
         """[tokens, heads, dim], read where it lies if its last dim is dense."""
+        x = x.resolve_neg()  # the sign of a view (c.conj().imag) is no part of its memory
         x = x if x.stride(-1) == 1 else x.contiguous()
-        self._held.append(x)
-        setattr(self.to, name, Rows(x.data_ptr(), x.stride(0), x.stride(1), DTYPES[x.dtype]))
+        setattr(self.to, name, Rows(self._address(x), x.stride(0), x.stride(1), DTYPES[x.dtype]))
 
     def tensor(self, name: str, x: Tensor) -> None:
         """A contiguous tensor."""
         assert x.is_contiguous()
-        self._held.append(x)
-        setattr(self.to, name, x.data_ptr())
+        setattr(self.to, name, self._address(x))
 
     def picks(self, x: Tensor) -> None:
         """[tokens, heads, picks], read where they lie if the last dim is dense: some heads of a routing, say."""
         x = x if x.stride(-1) == 1 else x.contiguous()
-        self._held.append(x)
         self.sizes(picks_token=x.stride(0), picks_head=x.stride(1))
-        self.to.picks = x.data_ptr()
+        self.to.picks = self._address(x)
+
+    def _address(self, x: Tensor) -> int:
+        """Where its data lies; raises ValueError where there is none: a fake or distributed tensor, a freed storage."""
+        self._held.append(x)
+        address = x.data_ptr()
+        if not address and x.numel():
+            got, fix = f"{type(x).__name__} {tuple(x.shape)}", "pass plain tensors, DTensor.to_local() say"
+            raise bad_argument("kernels on the CPU need tensors with memory of their own", got, fix)
+        return address
 
     def array(self, name: str, x: npt.NDArray[Any], dtype: type = np.int64) -> None:
         x = np.ascontiguousarray(x, dtype=dtype)

@@ -86,7 +86,7 @@ static void backward_tile(const Call *call, Scratch *s, const i64 *rows, const i
         const float lse = call->lse[nth(call, rows[i])], delta = call->delta[nth(call, rows[i])];
         s->into[i] = call->dq + nth(call, rows[i]) * call->dim;
         for (i64 j = 0; j < width; j += W) {
-            vf weight = vexp(load(weights + j) * scale - lse);
+            vf weight = vexp(rounded(load(weights + j) * scale) - lse); /* the forward pass's scores, to the bit */
             if (j + W > seen[i])
                 for (i64 lane = max64(0, seen[i] - j); lane < W; lane++) weight[lane] = 0;
             store(weights + j, weight);

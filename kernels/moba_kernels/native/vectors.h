@@ -40,6 +40,19 @@ INLINE vf load(const float *from) { return *(const vf *)from; }
 INLINE void store(float *to, vf x) { *(vf *)to = x; }
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
+/* x as a float: the compiler may not fuse the product that gave it with the sum that takes it. */
+INLINE vf rounded(vf x)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+m"(x));
+#endif
+    return x;
+}
+
 /* n < W: that many lanes, the others 0. */
 INLINE vf load_part(const float *from, i64 n)
 {
