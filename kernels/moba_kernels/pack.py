@@ -128,6 +128,9 @@ class Pack:
     def __init__(self, cu_seqlens: Sequence[int] | Tensor) -> None:
         fix = "pass the running sums of the document lengths, e.g. [0, 128, 300] for documents of 128 and 172 tokens"
         if isinstance(cu_seqlens, Tensor):
+            if cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.layout != torch.strided:
+                got = f"{cu_seqlens.layout} tensor of {cu_seqlens.dtype}"
+                raise bad_argument("cu_seqlens must be a dense tensor of integers", got, fix)
             raw = cu_seqlens.detach().cpu().numpy()
         else:
             try:
@@ -165,9 +168,9 @@ class Pack:
 
     def chunks(self, chunk_size: int) -> ChunkGeometry:
         """The chunk geometry for `chunk_size`, computed once and kept on this object."""
+        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+            raise bad_argument("chunk_size must be an integer >= 1", repr(chunk_size), "pass chunk_size >= 1")
         if chunk_size not in self._chunks:
-            if not isinstance(chunk_size, int) or chunk_size < 1:
-                raise bad_argument("chunk_size must be an integer >= 1", repr(chunk_size), "pass chunk_size >= 1")
             self._chunks[chunk_size] = ChunkGeometry(self.bounds, chunk_size)
         return self._chunks[chunk_size]
 

@@ -54,6 +54,8 @@ class Routing:
             raise bad_argument(f"a query has at most {spec.num_picks} picks under {spec}", picks_TRP.shape[2], fix)
         if picks_TRP.is_floating_point():
             raise bad_argument("picks must be integers", picks_TRP.dtype, "see Routing.from_chunk_ids")
+        if q_positions is not None:
+            _check_positions(q_positions, pack)
         expected = pack.num_tokens if q_positions is None else q_positions.numel()
         if picks_TRP.shape[0] != expected:
             fix = "pass q_positions with one entry a row"
@@ -240,6 +242,19 @@ def _narrowed(picks_TRP: Tensor, dtype: torch.dtype, no_chunk: int) -> Tensor:
     for part in ranges(len(picks_TRP), TEMPORARY_ELEMENTS // max(1, picks_TRP.shape[1] * picks_TRP.shape[2])):
         narrow[part] = picks_TRP[part].long().clamp(-2, no_chunk)
     return narrow
+
+
+def _check_positions(q_positions: Tensor, pack: Pack) -> None:
+    """Those on the host are tokens of the row."""
+    fix = "pass global token indices, or None for all tokens of the pack"
+    if q_positions.dtype != torch.int64 or q_positions.dim() != 1:
+        got = f"{q_positions.dtype} {tuple(q_positions.shape)}"
+        raise bad_argument("q_positions must be int64 [T]", got, fix)
+    if q_positions.device.type == "cpu" and q_positions.numel():
+        tokens = q_positions.numpy()
+        low, high = tokens.min(), tokens.max()
+        if low < 0 or high >= pack.num_tokens:
+            raise bad_argument(f"q_positions must lie within 0..{pack.num_tokens - 1}", f"{low}..{high}", fix)
 
 
 def _validate(picks_QRP: Tensor, first_Q11: Tensor, own_Q11: Tensor) -> None:

@@ -219,6 +219,20 @@ def bad_calls():
         "ragged cu_seqlens": (lambda: Pack([[0], [1, 2]]), "sequence of integers"),
         "scale is not a number": (lambda: attend(q, k, v, spec, softmax_scale="a"), "finite number"),
         "scale is NaN": (lambda: attend(q, k, v, spec, softmax_scale=float("nan")), "finite number"),
+        "bf16 cu_seqlens": (lambda: Pack(torch.tensor([0, 16.0]).bfloat16()), "dense tensor of integers"),
+        "sparse cu_seqlens": (lambda: Pack(torch.tensor([0, 16]).to_sparse()), "dense tensor of integers"),
+        "chunk size is a float that was met as an integer": (lambda: pack.chunks(4) and pack.chunks(4.0), "integer"),
+        "chunk size is true": (lambda: pack.chunks(1) and pack.chunks(True), "integer"),
+        "random routing of tokens that are not there": (
+            lambda: random_routing(
+                spec, pack=pack, num_heads=4, num_kv_heads=2, seed=0, device="cpu", q_positions=torch.tensor([-1, 3])
+            ),
+            "within 0..15",
+        ),
+        "routing of half tokens": (
+            lambda: Routing(torch.zeros(2, 4, 1, dtype=torch.int64), spec, pack, torch.tensor([0.5, 1.5])),
+            "int64",
+        ),
         "scale beyond fp32": (lambda: attend(q, k, v, spec, softmax_scale=1e39), "finite number of fp32"),
         "scale beyond all floats": (lambda: attend(q, k, v, spec, softmax_scale=10**400), "finite number of fp32"),
         "chunk size beyond 32 bits": (lambda: MoBA(2**32, 1), "at most 2"),
