@@ -19,7 +19,7 @@ class Full:
 class MoBA:
     """Mixture of Block Attention (arXiv 2502.13189): a query attends to its own chunk and up to topk - 1 earlier ones.
 
-    Raises ValueError when chunk_size or topk is not an integer >= 1, or select is unknown.
+    Raises ValueError when chunk_size or topk is not an integer from 1 to 2**31 - 1, or select is unknown.
     """
 
     chunk_size: int
