@@ -22,6 +22,13 @@ def check_spec(spec: AttentionSpec) -> None:
         raise bad_argument("spec must be Full() or MoBA(...)", repr(spec), "pass moba_kernels.Full() or MoBA(512, 4)")
 
 
+def check_tensors(**named: object) -> None:
+    """What goes by these names are tensors."""
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise bad_argument(f"{name} must be a tensor", type(x).__name__, f"pass a tensor for {name}")
+
+
 def check_rows(name: str, x: Tensor) -> None:
     """x is a float tensor [tokens, heads, dim >= 1]."""
     if not isinstance(x, Tensor) or x.dim() != 3:
@@ -58,6 +65,7 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
 
 def check_backward(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, value_dim: int) -> None:
     """dout [T,H,Dv] of any float dtype; lse and delta [T,H], fp32 or fp64."""
+    check_tensors(dout=dout, lse=lse, delta=delta)
     expected = (*q.shape[:2], value_dim)
     if dout.shape != expected or dout.dtype not in FLOATS:
         got = f"{dout.dtype} {tuple(dout.shape)}"

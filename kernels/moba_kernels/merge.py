@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_tensors
 from .errors import bad_argument
 from .report import Partial
 
@@ -18,6 +19,7 @@ def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -
     out [T,H,Dv], lse [T,H]; fp32 or fp64 only (bf16 partials spoil gradients at scale): ValueError otherwise. A row
     with lse -inf on both sides gives 0 and -inf.
     """
+    check_tensors(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     for tensor in (out_a, lse_a, out_b, lse_b):
         if tensor.dtype not in (torch.float32, torch.float64):
             raise bad_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import index
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .checks import (
     check_rows,
     check_scale,
     check_spec,
+    check_tensors,
 )
 from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
@@ -63,6 +65,7 @@ def pool_sums(
 
 def mean_keys(sum_CKD: Tensor, count_C: Tensor) -> Tensor:
     """The published means, fp32 [C,K,D], from fp64 sums and int64 counts; a chunk without keys gives 0."""
+    check_tensors(sums=sum_CKD, counts=count_C)
     if sum_CKD.dim() != 3 or count_C.shape != sum_CKD.shape[:1]:
         got = f"{tuple(sum_CKD.shape)} and {tuple(count_C.shape)}"
         raise bad_argument("sums must be [C,K,D] and counts [C]", got, "pass what pool_sums returns")
@@ -87,6 +90,7 @@ def route_means(
     _check_moba(spec)
     check_rows("q", q_THD)
     check_positions("q", q_positions, q_THD.shape[0], pack)
+    check_tensors(means=mean_CKD)
     num_chunks = pack.chunks(spec.chunk_size).num_chunks
     if mean_CKD.dim() != 3 or mean_CKD.shape[0] != num_chunks or mean_CKD.shape[2] != q_THD.shape[-1]:
         fix = "pass mean_keys(*pool_sums(...)) of the same pack and chunk_size"
@@ -313,6 +317,12 @@ def moba_attn_varlen(
     `moba_topk` counts the own chunk, as there; 1 means the own chunk only (the original runs full attention then).
     max_seqlen must be at least the longest document: ValueError otherwise.
     """
+    check_rows("q", q)
+    try:
+        max_seqlen = index(max_seqlen)  # of numpy and of a tensor, too
+    except TypeError:
+        fix = "pass the longest document's length"
+        raise bad_argument("max_seqlen must be an integer", repr(max_seqlen), fix) from None
     pack = pack_of(cu_seqlens, q.shape[0])
     longest = max((b - a for a, b in zip(pack.cu_seqlens, pack.cu_seqlens[1:], strict=False)), default=0)
     if max_seqlen < longest:

@@ -47,6 +47,11 @@ class Routing:
         *,
         complete: bool = False,
     ) -> None:
+        if not isinstance(spec, MoBA) or not isinstance(pack, Pack):
+            got = f"{spec!r} and {type(pack).__name__}"
+            raise bad_argument("a routing is made under a MoBA spec and a Pack", got, "pass MoBA(...) and Pack(...)")
+        if not isinstance(picks_TRP, Tensor):
+            raise bad_argument("picks must be a tensor", type(picks_TRP).__name__, "see Routing.from_chunk_ids")
         if picks_TRP.dim() != 3:
             raise bad_argument("picks must be [T,R,P]", tuple(picks_TRP.shape), "see Routing.from_chunk_ids")
         if picks_TRP.shape[2] > spec.num_picks:
@@ -298,6 +303,8 @@ def random_routing(
     """
     if not isinstance(spec, MoBA):
         raise bad_argument("random_routing needs a MoBA spec", repr(spec), "pass MoBA(chunk_size, topk)")
+    if not isinstance(pack, Pack):
+        raise bad_argument("pack must be a Pack", type(pack).__name__, "pass moba_kernels.Pack(cu_seqlens)")
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         got = f"{num_heads} query heads, {num_kv_heads} KV heads"
         raise bad_argument("query heads must be a multiple of KV heads", got, "make H % K == 0")
