@@ -30,6 +30,7 @@ from .checks import (
 from .derivative import refuse_second_derivative
 from .dispatch import Backend, resolve
 from .errors import bad_argument
+from .opaque import opaque
 from .pack import Pack, pack_of
 from .report import AttendResult, ExecutionReport, PairTally, Partial
 from .routing import Routing
@@ -46,6 +47,7 @@ def _as_given(x: Tensor) -> Iterator[None]:
         yield
 
 
+@opaque
 def pool_sums(
     k_THD: Tensor, *, pack: Pack, chunk_size: int, k_positions: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,7 @@ def mean_keys(sum_CKD: Tensor, count_C: Tensor) -> Tensor:
     return (sum_CKD / count_C.clamp_min(1).view(-1, 1, 1)).float()
 
 
+@opaque
 def route_means(
     q_THD: Tensor,
     mean_CKD: Tensor,
@@ -104,6 +107,7 @@ def route_means(
         return serve(q_THD.detach(), mean_CKD, spec, pack=pack, q_positions=q_positions).trusted()
 
 
+@opaque
 def route(
     q: Tensor,
     k: Tensor,
@@ -120,6 +124,7 @@ def route(
     return route_means(q, mean_keys(sums, counts), spec, pack=pack, backend=backend)
 
 
+@opaque
 def attend_partial(
     q_THD: Tensor,
     k_SKD: Tensor,
@@ -164,6 +169,7 @@ def attend_partial(
         return serve.attend_partial(q_THD.detach(), k_SKD.detach(), v_SKD.detach(), call, tally)
 
 
+@opaque
 def attend_partial_backward(
     dout_THDv: Tensor,
     q_THD: Tensor,
@@ -258,6 +264,7 @@ class _Attend(torch.autograd.Function):
             return *ctx.serve.attend_partial_backward(dout, q, k, v, lse, delta, ctx.call), None, None, None
 
 
+@opaque
 def attend(
     q: Tensor,
     k: Tensor,
@@ -303,6 +310,7 @@ def attend(
     return AttendResult(out, lse, routing if return_routing else None, report)
 
 
+@opaque
 def moba_attn_varlen(
     q: Tensor,
     k: Tensor,

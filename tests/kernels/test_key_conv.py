@@ -222,6 +222,8 @@ def test_a_second_derivative_is_refused():
         ({"document_offset": torch.zeros(8)}, "document_offset must be"),
         ({"piece_lengths": (3, 4)}, "add up to 8"),
         ({"piece_lengths": (9, -1)}, "add up to 8"),
+        ({"piece_lengths": (4.0, 4.0)}, "piece_lengths must be a sequence of integers"),
+        ({"piece_lengths": 8}, "piece_lengths must be a sequence of integers"),
         ({"halos": torch.zeros(2, 2, 2, 3)}, "halos must be"),
         ({"halos": torch.zeros(1, 2, 2, 3).double()}, "halos must be"),
         ({"backend": "cuda"}, "unknown backend"),

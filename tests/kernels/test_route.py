@@ -110,6 +110,12 @@ def test_a_chunk_that_is_not_at_hand_sums_to_zero():
     assert mean_keys(sums, counts)[:, 0, 0].tolist() == [0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_keys_without_heads_have_sums_without_heads(backend):
+    sums, counts = pool_sums(torch.ones(10, 0, 4), pack=Pack([0, 10]), chunk_size=8, backend=backend)
+    assert sums.shape == (2, 0, 4) and counts.tolist() == [8, 2]
+
+
 def test_future_queries_and_keys_do_not_move_earlier_picks():
     cu, spec = [0, 40, 400], MoBA(8, 4)
     q, k, _, _ = make_qkv(cu, dtype=torch.float32)

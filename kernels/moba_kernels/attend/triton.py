@@ -5,10 +5,12 @@ tables and pick lists are made there (triton_tables.py, triton_lists.py).
 
 Scratch. Work is done in units, a range of KV heads times a range of queries, so that what a unit needs beyond inputs
 and results stays below SCRATCH_BYTES: fp32 accumulators (only where results are narrower), pick lists and tile tables.
-The smallest unit is one KV head and UNIT_QUERIES queries (its accumulators take 512 * H/K * Dv bytes). Not in the
-bound: geometry and tile tables of causal segments (about 20 bytes a query, kept on the pack of a whole row), and, in
-the backward, the lists that dK and dV need over all queries of a KV head (4 bytes a pick, about 50 a chunk and slot)
-and what triton_keys.py states.
+The smallest unit is one KV head and UNIT_QUERIES queries (its accumulators take 512 * H/K * Dv bytes). BYTES_OF_LIST
+for each chunk and slot come with every unit, however few its queries; where they are more than half of the bound (from
+1M tokens on with chunks of 16 and topk 64), a unit takes up to twice as much as they do. Not in the bound: geometry and
+tile tables of causal segments (about 20 bytes a query, kept on the pack of a whole row), and, in the backward, the
+lists that dK and dV need over all queries of a KV head (4 bytes a pick, about 50 a chunk and slot) and what
+triton_keys.py states.
 
 Shape letters: T queries at hand, S keys at hand, H query heads, K key/value heads, D head dim, Dv value dim, P picks,
 C chunks.
@@ -86,12 +88,13 @@ def _even_ranges(size: int, at_most: int) -> Iterator[tuple[int, int]]:
 def work_units(num_queries: int, num_kv_heads: int, bytes_per_query: int, fixed_bytes: int, budget: int) -> list[Unit]:
     """Cut T queries x K heads into units that fit: bytes_per_query a query and fixed_bytes, both for each KV head.
 
-    Whole KV heads as long as one fits; then ranges of the queries of one KV head.
+    Whole KV heads as long as one fits; then ranges of the queries of one KV head, which take at least fixed_bytes
+    themselves: units of fewer queries would spend most of their time and memory on what comes with every unit.
     """
     heads = budget // max(1, bytes_per_query * num_queries + fixed_bytes)
     if heads >= 1:
         return [Unit(*kv, 0, num_queries) for kv in _even_ranges(num_kv_heads, min(heads, num_kv_heads))]
-    fitting = max(0, budget - fixed_bytes) // bytes_per_query // UNIT_QUERIES
+    fitting = max(budget - fixed_bytes, fixed_bytes) // bytes_per_query // UNIT_QUERIES
     blocks = -(-num_queries // UNIT_QUERIES)
     ranges = [
         (first * UNIT_QUERIES, min(num_queries, stop * UNIT_QUERIES))

@@ -6,6 +6,7 @@ Shape letters: S tokens at hand, K key/value heads, D head dim, W width of the f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from ..checks import check_rows
 from ..derivative import refuse_second_derivative
 from ..errors import BackendError, bad_argument
+from ..opaque import opaque
 from ..triton_support import on_device_of, refuse, require_triton
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 MAX_WIDTH = 8
 
 
+@opaque
 def key_conv(
     k: Tensor,
     weight: Tensor,
@@ -48,7 +51,7 @@ def key_conv(
         ValueError for arguments that do not fit together; BackendError when the backend refuses, with every reason.
     """
     _check_keys_and_weight(k, weight)
-    lengths = (k.shape[0],) if piece_lengths is None else tuple(piece_lengths)
+    lengths = _lengths_of(piece_lengths, k.shape[0])
     _check_pieces(k, weight.shape[2], document_offset, halos, lengths)
     if halos is None:
         halos = k.new_zeros((len(lengths), weight.shape[2] - 1, *k.shape[1:]))
@@ -130,6 +133,20 @@ def _check_keys_and_weight(k: Tensor, weight: Tensor) -> None:
         raise bad_argument(f"weight must lie on k's device {k.device}", weight.device, "move it there")
 
 
+def _lengths_of(piece_lengths: Sequence[int] | None, num_keys: int) -> tuple[int, ...]:
+    """As integers, which add up to num_keys; None = one piece."""
+    if piece_lengths is None:
+        return (num_keys,)
+    fix = "pass the lengths of the contiguous pieces that k is made of"
+    try:
+        lengths = tuple(index(length) for length in piece_lengths)  # numpy's and a tensor's, too
+    except TypeError:
+        raise bad_argument("piece_lengths must be a sequence of integers", repr(piece_lengths), fix) from None
+    if any(length < 0 for length in lengths) or sum(lengths) != num_keys:
+        raise bad_argument(f"piece_lengths must be >= 0 and add up to {num_keys}", lengths, fix)
+    return lengths
+
+
 def _check_pieces(
     k: Tensor, width: int, document_offset: Tensor, halos: Tensor | None, lengths: tuple[int, ...]
 ) -> None:
@@ -140,9 +157,6 @@ def _check_pieces(
         raise bad_argument(what, f"{document_offset.dtype} {tuple(document_offset.shape)}", fix)
     if document_offset.device != k.device:
         raise bad_argument(f"document_offset must lie on {k.device}", document_offset.device, "move it to k's device")
-    if any(length < 0 for length in lengths) or sum(lengths) != num_keys:
-        fix = "pass the lengths of the contiguous pieces that k is made of"
-        raise bad_argument(f"piece_lengths must be >= 0 and add up to {num_keys}", lengths, fix)
     if halos is None:
         return
     expected = (len(lengths), width - 1, *k.shape[1:])

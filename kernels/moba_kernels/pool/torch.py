@@ -25,7 +25,7 @@ def pool_sums(k_SKD: Tensor, *, pack: Pack, chunk_size: int, k_positions: Tensor
     sums = k_SKD.new_zeros((geometry.num_chunks, num_heads * dim), dtype=torch.float64)
     step = max(1, RANGE_ELEMENTS // max(1, num_heads * dim))
     for begin in range(0, num_keys, step):
-        keys = k_SKD[begin : begin + step].reshape(-1, num_heads * dim).double()
+        keys = k_SKD[begin : begin + step].flatten(1).double()
         add_rows_(sums, chunk_S[begin : begin + step], keys)
     counts = torch.bincount(chunk_S, minlength=geometry.num_chunks)
-    return sums.view(-1, num_heads, dim), counts
+    return sums.view(geometry.num_chunks, num_heads, dim), counts

@@ -111,3 +111,14 @@ def test_units_cover_every_query_and_head_once_and_fit():
             rows = u.stop - u.first
             fits = (u.kv_stop - u.kv_first) * (per_query * rows + fixed) <= budget
             assert fits or rows <= backend.UNIT_QUERIES
+
+
+def test_units_are_no_shorter_than_what_comes_with_each_of_them_pays_for():
+    tokens, per_query = 2 << 20, 2300  # chunk 16, topk 64: lists alone take 567 MiB
+    lists = backend.BYTES_OF_LIST * (tokens // 16) * 63
+    budget = backend.SCRATCH_BYTES - backend.SORT_BYTES
+    assert lists > budget
+    units = backend.work_units(tokens, 8, per_query, lists, budget)
+    rows = [u.stop - u.first for u in units]
+    assert sum(rows) == 8 * tokens and len(rows) == 8 * -(-tokens * per_query // lists)
+    assert max(rows) * per_query + lists <= 2 * lists
