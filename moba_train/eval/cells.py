@@ -47,6 +47,8 @@ class NiahRecord:
         step, weights: the checkpoint: finished steps, and a fingerprint of its content.
         stage, seed: which settings and which samples.
         sample_hash: of the sample's tokens; a resumed evaluation skips a sample only if this is the same.
+        function: digest of what else shapes the scores: which layers stay full, RoPE, precision, backend. Empty in a
+            file from before there was one: such samples are scored anew.
     """
 
     context_length: int
@@ -72,12 +74,18 @@ class NiahRecord:
     stage: str
     seed: int
     sample_hash: str
+    function: str = ""
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What all records of one grid have in common."""
+        return (self.chunk_size, self.topk, self.select, self.function, self.weights, self.stage, self.seed)
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What makes two records the same measurement."""
-        settings = (self.chunk_size, self.topk, self.select, self.weights, self.stage, self.seed)
-        return (self.attention, self.context_length, self.depth_percent, self.sample, self.sample_hash, *settings)
+        cell = (self.attention, self.context_length, self.depth_percent)
+        return (*cell, self.sample, self.sample_hash, *self.settings)
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Origin:
-    """What every record of a run of the grid has in common: the weights and the samples' seed."""
+    """What every record of a run of the grid has in common: the weights, what they compute, and the samples' seed."""
 
     step: int
     weights: str
     stage: StageConfig
     seed: int
+    function: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def _record(
         stage=stage.name,
         seed=origin.seed,
         sample_hash=job.sample_hash,
+        function=origin.function,
     )
 
 
@@ -158,7 +160,8 @@ def _identity(job: Job, origin: Origin) -> tuple[object, ...]:
     """`NiahRecord.identity` of the record that `job` will give."""
     stage = origin.stage
     name = (job.attention, job.length, job.depth_percent, job.sample, job.sample_hash)
-    return (*name, stage.chunk_size, stage.topk, stage.select, origin.weights, stage.name, origin.seed)
+    settings = (stage.chunk_size, stage.topk, stage.select, origin.function, origin.weights, stage.name, origin.seed)
+    return (*name, *settings)
 
 
 def _remaining(jobs: Sequence[Job], jsonl: Path, origin: Origin) -> tuple[list[Job], list[NiahRecord]]:
@@ -197,11 +200,12 @@ def run_niah(
     seed: int,
     attentions: Sequence[AttentionMode] = ("moba", "full", "random"),
     row_tokens: int = 0,
+    function: str = "",
     progress: Progress | None = None,
 ) -> NiahResult:
     """Measure the grid lengths x depths and write niah.jsonl and niah.png into `out_dir`. Collective over all ranks.
 
-    Samples that niah.jsonl already holds for the same weights, stage, seed and tokens are not scored again.
+    Samples that niah.jsonl already holds for the same weights, stage, function, seed and tokens are not scored again.
 
     Args:
         text: the needle's wording in the tokenizer's ids.
@@ -211,6 +215,7 @@ def run_niah(
         depths: number of depths, evenly spaced from 0 to 100 percent.
         samples: per cell.
         row_tokens: samples of one length share rows of at most this many tokens; 0 = stage.seq_len.
+        function: names what else the engine computes with (`NiahRecord.function`).
 
     Raises:
         ConfigError: the grid is empty or out of range.
@@ -218,7 +223,7 @@ def run_niah(
     """
     grid = depth_grid(depths)
     check_grid(lengths, grid, samples)
-    origin, source = Origin(step, weights, stage, seed), Samples(text, haystack, seed)
+    origin, source = Origin(step, weights, stage, seed, function), Samples(text, haystack, seed)
     jsonl, png = out_dir / "niah.jsonl", out_dir / "niah.png"
     jobs, records = from_rank_0(lambda: _remaining(source.jobs(lengths, grid, samples, attentions), jsonl, origin))
     is_writer = engine.topology.rank == 0

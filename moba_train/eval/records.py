@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from moba_train.errors import DataError
 from moba_train.eval.cells import NiahRecord
 
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(NiahRecord)}
+# Fields that older files do not have.
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(NiahRecord) if f.default is not dataclasses.MISSING}
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -35,6 +37,7 @@ def _parse(line: bytes, *, where: str) -> NiahRecord:
         raise DataError("a line of niah.jsonl is not JSON", where=where, got=str(error), fix=fix) from error
     if not isinstance(value, dict):
         raise DataError("a line of niah.jsonl is not an object", where=where, got=type(value).__name__, fix=fix)
+    value = {**_DEFAULTS, **value}
     for name, kind in _FIELDS.items():
         known = name in value
         wrong_bool = known and isinstance(value[name], bool) and kind != "bool"
@@ -91,12 +94,16 @@ class RecordWriter:
         self._file.close()
 
 
-def latest_records(records: Iterable[NiahRecord]) -> tuple[NiahRecord, ...]:
-    """The records of the newest step, and of those the weights, seed and MoBA settings that were measured last."""
-    all_records = tuple(records)
-    if not all_records:
-        return ()
-    newest = max(record.step for record in all_records)
-    last = [record for record in all_records if record.step == newest][-1]
-    settings = (last.weights, last.stage, last.seed, last.chunk_size, last.topk, last.select)
-    return tuple(r for r in all_records if (r.weights, r.stage, r.seed, r.chunk_size, r.topk, r.select) == settings)
+def latest_records(
+    records: Iterable[NiahRecord], *, last_step: int | None = None, left: Collection[str] = ()
+) -> tuple[NiahRecord, ...]:
+    """The records of the newest step, and of those the weights, seed and settings that were measured last.
+
+    Args:
+        last_step: of the run; None = any. Records beyond it are of a branch that the run has left.
+        left: weights of checkpoints of such branches.
+    """
+    own = [r for r in records if (last_step is None or r.step <= last_step) and r.weights not in left]
+    newest = max((record.step for record in own), default=0)
+    last = [record for record in own if record.step == newest][-1:]
+    return tuple(r for r in own if last and (r.step, *r.settings) == (newest, *last[0].settings))

@@ -6,6 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from moba_train.errors import DataError
 from moba_train.eval.cells import NiahRecord
 from moba_train.eval.records import latest_records, read_records
+from moba_train.train.manifest import content_name
+from moba_train.train.run_folder import STATE, list_abandoned, list_checkpoints
 
 Step = Mapping[str, Any]
 """One object of metrics.jsonl."""
@@ -146,11 +149,11 @@ def _read_config(path: Path, missing: list[str]) -> tuple[dict[str, Any], str]:
 
 def _read_state(run_dir: Path, missing: list[str]) -> dict[str, Any]:
     """state.json of the newest checkpoint that has one."""
-    for path in sorted(run_dir.glob("checkpoints/step_*/state.json"), reverse=True):
-        if path.parent.name.endswith(".tmp"):
-            continue
+    for path in (folder / STATE for folder in reversed(list_checkpoints(run_dir))):
         try:
             value: Any = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError) as error:
             missing.append(f"{path.relative_to(run_dir)} could not be read ({error}).")
             continue
@@ -158,6 +161,15 @@ def _read_state(run_dir: Path, missing: list[str]) -> dict[str, Any]:
             return value
     missing.append("There is no checkpoint yet: versions and mesh are not known.")
     return {}
+
+
+def _weights_left(run_dir: Path) -> set[str]:
+    """`NiahRecord.weights` of checkpoints of branches that the run has left."""
+    weights = set()
+    for folder in list_abandoned(run_dir):
+        with suppress(OSError):  # damaged, or just pruned
+            weights.add(content_name(folder))
+    return weights
 
 
 def _stages(steps: tuple[Step, ...], config: Mapping[str, Any]) -> tuple[StageSpan, ...]:
@@ -188,7 +200,8 @@ def load_run(run_dir: Path) -> RunData:
     state = _read_state(run_dir, missing)
     niah: tuple[NiahRecord, ...] = ()
     try:
-        niah = latest_records(read_records(run_dir / "niah.jsonl"))
+        records = read_records(run_dir / "niah.jsonl")
+        niah = latest_records(records, last_step=int(steps[-1]["step"]), left=_weights_left(run_dir))
     except DataError as error:
         missing.append(f"niah.jsonl could not be read: {error.what}.")
     else:

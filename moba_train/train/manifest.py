@@ -143,6 +143,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
     return ({}, f"{MANIFEST} {trouble}") if trouble else (entries, "")
 
 
+def content_name(folder: Path) -> str:
+    """A short name of what a checkpoint holds: of its manifest, which has the hashes. OSError when there is none."""
+    return sha256_of(folder / MANIFEST)[:16]
+
+
 def damages(
     folder: Path, *, part: int = 0, parts: int = 1, hashes: bool = True, on_bytes: OnBytes | None = None
 ) -> Iterator[str]:

@@ -123,6 +123,15 @@ def test_samples_of_one_length_share_rows_of_at_most_the_stages_length(whole: tu
     assert all(row.loss_mask_S.sum() < 0.2 * row.tokens_S.size for row, _ in engine.rows)
 
 
+def test_samples_of_another_function_are_scored_anew(model_path: Path, tmp_path: Path) -> None:
+    few = {"lengths": (48,), "depths": 2, "samples": 1}
+    resumed = [
+        measure(model_path, ToyEngine(STAGE.chunk_size), tmp_path, function=function, **few).num_resumed
+        for function in ("one", "other", "one")
+    ]
+    assert resumed == [0, 0, 3 * 2]
+
+
 def test_packing_does_not_change_the_scores(
     whole: tuple[NiahResult, ToyEngine], model_path: Path, tmp_path: Path
 ) -> None:

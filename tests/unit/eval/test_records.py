@@ -77,3 +77,25 @@ def test_the_latest_records_are_those_of_the_newest_weights() -> None:
     other_seed = dataclasses.replace(RECORD, seed=2)
     assert latest_records([other_seed, RECORD, old]) == (RECORD,)
     assert latest_records([]) == ()
+
+
+def test_records_of_a_branch_that_the_run_has_left_are_not_the_latest() -> None:
+    first, second, later = (dataclasses.replace(RECORD, step=step, weights=f"w{step}") for step in (10, 20, 30))
+    assert latest_records([first, second, later]) == (later,)
+    assert latest_records([first, later, second], last_step=23) == (second,)
+    assert latest_records([first, second, later], last_step=23, left={"w20"}) == (first,)
+    assert latest_records([later], last_step=23) == ()
+
+
+def test_records_of_another_function_are_another_measurement() -> None:
+    other = dataclasses.replace(RECORD, function="b")
+    assert other.identity != RECORD.identity
+    assert latest_records([other, RECORD]) == (RECORD,)
+    assert latest_records([RECORD, other]) == (other,)
+
+
+def test_a_file_from_before_functions_had_names_is_read(tmp_path: Path) -> None:
+    line = dataclasses.asdict(RECORD)
+    del line["function"]
+    (tmp_path / "niah.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_records(tmp_path / "niah.jsonl") == (dataclasses.replace(RECORD, function=""),)

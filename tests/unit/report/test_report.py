@@ -21,6 +21,7 @@ from moba_train.report import build_report, summary_table
 from moba_train.report.plots import MAX_POINTS, human, plot_loss, smooth, thin
 from moba_train.report.run_data import load_run, series
 from moba_train.report.stages import stage_rows, switches, until_rows
+from moba_train.train.manifest import content_name
 
 from .conftest import write_run
 
@@ -92,6 +93,31 @@ def test_a_stage_that_decided_where_it_ends_is_marked_with_its_rule_and_its_numb
     assert [f"What stage {stage.name} watches" in html for stage in run.stages] == [True, True, False]
     picture = plot_loss(run) or b""
     assert b'id="decided-150"' in picture and b'id="decided-370"' not in picture
+
+
+def test_needles_and_state_of_a_branch_that_the_run_has_left_are_not_shown(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    assert load_run(run_dir).niah and load_run(run_dir).state["step"] == 450
+    checkpoint = run_dir / "checkpoints/step_00000450"
+    checkpoint.rename(checkpoint.with_name("step_00000450.abandoned"))
+    metrics = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(metrics[:420]))
+    run = load_run(run_dir)
+    assert run.niah == () and run.state == {}
+    assert any("the needle grid was not measured" in text.lower() for text in run.missing)
+
+
+def test_needles_of_weights_that_were_left_are_not_shown_even_where_the_run_has_come_as_far_again(
+    tmp_path: Path,
+) -> None:
+    run_dir = write_run(tmp_path)
+    left = run_dir / "checkpoints/step_00000450.abandoned"
+    left.mkdir()
+    (left / "manifest.json").write_text("{}")
+    lines = [json.loads(line) | {"weights": content_name(left)} for line in (run_dir / "niah.jsonl").open()]
+    own = lines[0] | {"weights": "own", "step": 400}
+    (run_dir / "niah.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [own, *lines]))
+    assert [record.weights for record in load_run(run_dir).niah] == ["own"]
 
 
 def test_the_report_is_one_file_that_asks_nothing_of_the_network(whole: Path) -> None:
