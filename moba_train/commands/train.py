@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from moba_train import last_words
 from moba_train.commands.evaluators import build_evaluators
@@ -23,7 +24,7 @@ from moba_train.config.engine_rules import describe_engine
 from moba_train.config.load import to_toml
 from moba_train.config.mesh import describe_mesh, parallel_of_stage, stages_on_mesh
 from moba_train.config.schema import RunConfig
-from moba_train.data.stage_data import StageData
+from moba_train.data.stage_data import StageData, source_facts
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.engine.base import Engine
 from moba_train.errors import EXIT_MESH
@@ -46,6 +47,9 @@ from moba_train.train.stopping import Stopping, deadlines, first_save_s
 from moba_train.train.summary import RunSummary
 
 OUTCOME = "outcome.json"
+
+SourcesOf = Callable[[int], Mapping[str, Any]]
+"""Stage index -> what its sources hold and how they are drawn, by name (`source_facts`)."""
 
 
 def run_train(config: RunConfig, *, resume: str) -> int:
@@ -76,7 +80,9 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         fill = initial_weights(config, topology, identity, resume=resume)
         engine = build_engine(here, topology, fill=fill)
         evaluators = build_evaluators(config, engine, tokenizer)
-        start = begin(run_dir, resume, engine, identity, build_schedule(config.stages, config.optimizer))
+        sources_of = _sources_of(config)
+        planned = build_schedule(config.stages, config.optimizer)
+        start = begin(run_dir, resume, engine, identity, planned, sources_of=sources_of)
         schedule = build_schedule(config.stages, config.optimizer, start.progress.decided)
         ranks.from_rank_0(lambda: replace_text(run_dir / "config.toml", to_toml(config)))
         summary = RunSummary(config.stages)
@@ -89,14 +95,14 @@ def run_train(config: RunConfig, *, resume: str) -> int:
         for line in (*greeting, *stopping.announce()):
             log.line(line)
         try:
-            with _told_store(config, identity, check_lock, log) as store:
+            with _told_store(config, identity, sources_of, check_lock, log) as store:
                 training = Training(
                     engine,
                     schedule=schedule,
                     start=start.progress,
                     run=config.run,
                     checkpoint=config.checkpoint,
-                    stage_data=_StageRows(config, tokenizer, topology, log),
+                    stage_data=_StageRows(config, tokenizer, topology, sources_of, log),
                     evaluators=evaluators,
                     store=store,
                     meter=_meter(config, topology),
@@ -137,7 +143,7 @@ def _wrong_mesh(config: RunConfig, here: RunConfig, schedule: Schedule, done: Pr
 
 @contextmanager
 def _told_store(
-    config: RunConfig, identity: Identity, check_lock: Callable[[], None], log: Log
+    config: RunConfig, identity: Identity, sources_of: SourcesOf, check_lock: Callable[[], None], log: Log
 ) -> Iterator[CheckpointStore]:
     """The store, whose news reach the log also when training breaks off."""
     store = CheckpointStore(
@@ -146,6 +152,7 @@ def _told_store(
         to_toml(config),
         config.stages,
         config.checkpoint.keep_last,
+        sources_of=sources_of,
         keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,
         check_lock=check_lock,
@@ -158,6 +165,11 @@ def _told_store(
     finally:
         for line in store.news():
             log.line(line)
+
+
+def _sources_of(config: RunConfig) -> SourcesOf:
+    """Each stage is looked at once: every save asks for it."""
+    return cache(lambda index: source_facts(config.data, config.stages[index]))
 
 
 def _say(line: str) -> None:
@@ -186,20 +198,28 @@ def _outputs(
 class _StageRows:
     """Stage index -> rows; rank 0 goes first and leaves the index in the cache for the others."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, topology: Topology, log: Log) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, topology: Topology, sources_of: SourcesOf, log: Log
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._topology = topology
+        self._sources_of = sources_of
         self._log = log
 
     def __call__(self, index: int) -> StageData:
-        ranks.from_rank_0(lambda: self._open(index).cut_share, self._topology.start_group)
+        ranks.from_rank_0(lambda: self._go_first(index), self._topology.start_group)
         data = self._open(index)
         shares = ", ".join(f"{name} {rows:,}" for name, rows in data.rows_by_source.items())
         self._log.line(f"data: {len(data):,} rows ({shares}), {100 * data.cut_share:.1f} % of the documents are cut")
         for line in data.length_lines:
             self._log.line(f"data: {line}")
         return data
+
+    def _go_first(self, index: int) -> None:
+        """Data that is replaced later, while the stage runs, is not what its checkpoints should tell of."""
+        self._sources_of(index)
+        self._open(index)
 
     def _open(self, index: int) -> StageData:
         return StageData(

@@ -124,20 +124,24 @@ class IndexedDocuments:
         low, high = np.searchsorted(self.spans[:, 0], [document, document + 1])
         return np.asarray(self.spans[low:high, 1:], dtype=np.int64)
 
-    def fingerprint(self) -> str:
-        """sha256 (hex) of the file sizes and the first and last mebibyte of the index and of the tokens.
 
-        Cheap for any size: it tells pairs apart that were prepared differently, not a flipped bit in the middle.
-        """
-        digest = hashlib.sha256()
-        for path in (idx_path(self.prefix), bin_path(self.prefix)):
-            size = path.stat().st_size
-            digest.update(struct.pack("<Q", size))
-            with open(path, "rb") as stream:
-                digest.update(stream.read(1 << 20))
-                stream.seek(max(0, size - (1 << 20)))
-                digest.update(stream.read())
-        return digest.hexdigest()
+def fingerprint_of(prefix: str | Path) -> str:
+    """sha256 (hex) of the sizes and the first and last mebibyte of a pair's files, answer spans included. Cheap for any
+    size: it tells pairs apart that were prepared differently, not a flipped bit in the middle.
+
+    Raises:
+        DataError: a file of the pair is missing or empty.
+    """
+    digest, spans = hashlib.sha256(), spans_path(prefix)
+    for path in (idx_path(prefix), bin_path(prefix), *([spans] if spans.exists() else [])):
+        _require_file(path)
+        size = path.stat().st_size
+        digest.update(struct.pack("<Q", size))
+        with open(path, "rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()
 
 
 def open_indexed(prefix: str | Path) -> IndexedDocuments:

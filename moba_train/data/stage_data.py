@@ -33,7 +33,7 @@ from moba_train.config.mix_rules import doc_floor, lengths_errors
 from moba_train.config.schema import DataConfig, SourceConfig, SourceLengths, StageConfig
 from moba_train.data.assemble import Piece, pieces_of_stream, row_of_stream
 from moba_train.data.files import published
-from moba_train.data.indexed import IndexedDocuments, open_indexed
+from moba_train.data.indexed import IndexedDocuments, fingerprint_of, open_indexed
 from moba_train.data.mix import mix_rows, rows_per_source
 from moba_train.data.permutation import permute
 from moba_train.data.row import Row
@@ -197,6 +197,25 @@ class _Part:
         return epoch * self._rows_of_epoch + int(place[0])
 
 
+def source_facts(data: DataConfig, stage: StageConfig) -> dict[str, dict[str, object]]:
+    """What of its sources decides which rows a stage draws, beside the stage itself: {name: {packing, min_doc_tokens,
+    documents}}. Where the documents lie does not count: data may be moved.
+
+    Reads a few MiB a source. `documents` is what `fingerprint_of` tells; `min_doc_tokens` holds with the stage's floor.
+
+    Raises:
+        DataError: files of a source are missing.
+    """
+    return {
+        name: {
+            "packing": data.sources[name].packing,
+            "min_doc_tokens": doc_floor(data.sources[name], stage.lengths.get(name, SourceLengths())),
+            "documents": fingerprint_of(data.sources[name].path),
+        }
+        for name in stage.mix
+    }
+
+
 def check_lengths(
     documents: IndexedDocuments,
     name: str,
@@ -255,7 +274,7 @@ def _divide(
     documents: IndexedDocuments, name: str, floor: int, lengths: SourceLengths, facts: _StageFacts
 ) -> tuple[LengthCounts, dict[str, NDArray[np.int64]]]:
     """The long and the shorter documents of a source: their numbers, and memory maps of their ids."""
-    of_file = _digest([INDEX_VERSION, documents.fingerprint(), floor, lengths.long_doc_tokens])
+    of_file = _digest([INDEX_VERSION, fingerprint_of(documents.prefix), floor, lengths.long_doc_tokens])
     path = facts.cache_dir / f"docs-{of_file}.npy"
     meta_path = path.with_suffix(".json")
     long, num = lengths.long_doc_tokens, documents.num_documents
@@ -287,7 +306,7 @@ def _parts_of(
     """The parts of a source that give rows, and what the log says of them."""
     documents, floor, long = open_indexed(config.path), doc_floor(config, lengths), lengths.long_doc_tokens
     order = f"seed {facts.seed}/stage {facts.stage_index}"
-    identity: list[object] = [documents.fingerprint(), config.packing, floor]
+    identity: list[object] = [fingerprint_of(documents.prefix), config.packing, floor]
     if not long:
         stream = DocumentStream(name, documents.num_documents, documents.sizes, floor, f"{order}/source {name}")
         return [_Part(documents, stream, config.packing, num_rows, identity, facts)], ()

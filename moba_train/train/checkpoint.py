@@ -24,7 +24,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -80,6 +80,7 @@ class CheckpointStore:
         identity: whose run it is.
         config_toml: the resolved configuration, copied into every checkpoint.
         stages: the schedule's; the rows of the current one must not change on resume.
+        sources_of: stage index -> what `rows_fingerprint` wants to know of its sources; asked for on rank 0.
         keep_last: newest checkpoints that are kept, besides those at the end of a stage.
         keep_every: checkpoints whose step is a multiple of this are kept; 0 = none.
         asynchronous: write in a thread; False = `save` returns when all is published.
@@ -94,6 +95,7 @@ class CheckpointStore:
         stages: tuple[StageConfig, ...],
         keep_last: int,
         *,
+        sources_of: Callable[[int], Mapping[str, Any]] = lambda index: {},
         keep_every: int = 0,
         asynchronous: bool = False,
         check_lock: Callable[[], None] = lambda: None,
@@ -102,6 +104,7 @@ class CheckpointStore:
         self._identity = identity
         self._config_toml = config_toml
         self._stages = stages
+        self._sources_of = sources_of
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._asynchronous = asynchronous
@@ -248,7 +251,8 @@ class CheckpointStore:
                 allowed="a folder on a file system that all ranks share",
                 fix="Point run.dir at shared storage.",
             )
-        rows = rows_fingerprint(self._stages[progress.stage_index])
+        index = progress.stage_index
+        rows = rows_fingerprint(self._stages[index], self._sources_of(index))
         state = {**asdict(progress), "stage_end": stage_end, "stage_rows": rows, **asdict(self._identity)}
         write_durably(aside / STATE, (json.dumps(state, indent=1) + "\n").encode())
         write_durably(aside / CONFIG, self._config_toml.encode())

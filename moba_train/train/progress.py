@@ -95,10 +95,15 @@ def saved_model(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**model_fingerprint(ModelConfig()), **state["model"]}
 
 
-def rows_fingerprint(stage: StageConfig) -> dict[str, Any]:
-    """The fields that decide which rows a stage draws, and in which order (with seed and sources)."""
+def rows_fingerprint(stage: StageConfig, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which rows a stage draws, and in which order (with the seed).
+
+    Args:
+        sources: what its sources hold and how they are drawn, by name (`moba_train.data.stage_data.source_facts`).
+    """
     names = ("name", "tokens", "tokens_per_step", "seq_len", "mix", "lengths")
-    return {name: value for name, value in asdict(stage).items() if name in names}
+    fields = {name: value for name, value in asdict(stage).items() if name in names}
+    return {**fields, "sources": dict(sources)}
 
 
 def progress_from_state(state: Mapping[str, Any]) -> Progress:

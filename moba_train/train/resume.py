@@ -8,7 +8,7 @@ PATH    a run folder (its newest intact checkpoint) or one checkpoint folder
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from moba_train.errors import CheckpointError
 from moba_train.parallel import ranks
 from moba_train.train.checkpoint import load_checkpoint, shared_damage
 from moba_train.train.manifest import MANIFEST
-from moba_train.train.progress import Identity, Progress, progress_from_state, rows_fingerprint
+from moba_train.train.past import check_schedule
+from moba_train.train.progress import Identity, Progress
 from moba_train.train.run_folder import (
     FOLDER,
     LATEST,
@@ -164,13 +165,23 @@ def _newest_intact(run_dir: Path, found: _Survey) -> StartingPoint:
     )
 
 
-def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedule: Schedule) -> StartingPoint:
+def begin(
+    run_dir: Path,
+    resume: str,
+    engine: Engine,
+    identity: Identity,
+    schedule: Schedule,
+    *,
+    sources_of: Callable[[int], Mapping[str, Any]] = lambda index: {},
+) -> StartingPoint:
     """Put the engine where the run begins; collective over all ranks.
 
     Checkpoints of this run beyond that point (damaged, or of a branch that `--resume PATH` leaves) are set aside.
 
     Args:
         schedule: the configuration's, with stages at their greatest lengths.
+        sources_of: stage index -> what `rows_fingerprint` wants to know of its sources; asked for on rank 0, and only
+            of a stage that is under way: data of those that are over may be gone.
 
     Returns:
         The starting point with its `progress` filled in and notes for the log. The run's schedule is `schedule` with
@@ -185,7 +196,7 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
     if path is None:
         return start
     state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
-    check_schedule(state, schedule, path)
+    ranks.from_rank_0(lambda: check_schedule(state, schedule, path, sources_of))
     saved = load_checkpoint(path, engine, identity, is_verified=True)
     left = ranks.from_rank_0(lambda: set_aside_after(run_dir, saved.step))
     notes = [
@@ -198,57 +209,6 @@ def begin(run_dir: Path, resume: str, engine: Engine, identity: Identity, schedu
         notes.append(f"stage '{stage.name}' does not watch {saved.watched} any more: its numbers so far do not count")
         saved = replace(saved, watched="", watched_values=())
     return StartingPoint(path, tuple(notes), saved)
-
-
-def check_schedule(state: Mapping[str, Any], schedule: Schedule, path: Path) -> None:
-    """Refuse a schedule whose past is not the checkpoint's; stages that have not begun may change.
-
-    The stage in which the run goes on must draw the same rows, so its length, rows and mix may not change either: row i
-    is a function of the whole stage. To train longer than planned, append a stage.
-
-    Args:
-        state: decoded state.json.
-        schedule: the configuration's, with stages at their greatest lengths.
-
-    Raises:
-        CheckpointError: names what differs.
-    """
-    saved = progress_from_state(state)
-    schedule = schedule.with_decided(saved.decided)
-    where, fix = (
-        str(path),
-        "Restore these stages as the checkpoint's config.toml has them; to train longer, append one.",
-    )
-    if saved.step == 0:
-        return
-    told = f"step {saved.step} is step {saved.step_in_stage} of stage {saved.stage_index + 1}, {saved.tokens} tokens"
-    if saved.step > schedule.total_steps:
-        what, got = "the stages are shorter than the checkpoint is old", f"{schedule.total_steps} steps in all"
-        raise CheckpointError(what, where=where, got=got, allowed=told, fix=fix)
-    for index, stage in enumerate(schedule.stages):
-        steps = saved.decided.get(index, 0)
-        if steps * stage.tokens_per_step > stage.tokens:
-            what = "a stage is shorter than it was when `until` ended it"
-            got, allowed = f"stages.{index}.tokens = {stage.tokens}", f">= {steps * stage.tokens_per_step}"
-            raise CheckpointError(what, where=where, got=got, allowed=allowed, fix=fix)
-    last = schedule.place(saved.step - 1)
-    tokens = schedule.tokens_after(saved.step)
-    if (last.stage_index, last.step_in_stage + 1, tokens) != (saved.stage_index, saved.step_in_stage, saved.tokens):
-        got = f"step {saved.step} is step {last.step_in_stage + 1} of stage {last.stage_index + 1}, {tokens} tokens"
-        what = "the stages up to the checkpoint are not those that it was trained with"
-        raise CheckpointError(what, where=where, got=got, allowed=told, fix=fix)
-    if saved.step < schedule.total_steps and schedule.place(saved.step).stage_index == saved.stage_index:
-        theirs = {"lengths": {}, **state["stage_rows"]}  # older checkpoints do not have it
-        ours = rows_fingerprint(schedule.stages[saved.stage_index])
-        different = [key for key in ours if theirs.get(key) != ours[key]]
-        if different:
-            raise CheckpointError(
-                "the stage in which the run goes on would draw other rows than it began with",
-                where=where,
-                got="; ".join(f"stages.{saved.stage_index}.{key} = {ours[key]!r}" for key in different),
-                allowed="; ".join(f"stages.{saved.stage_index}.{key} = {theirs.get(key)!r}" for key in different),
-                fix=fix,
-            )
 
 
 def _named(path: Path, argument: str) -> StartingPoint:

@@ -91,16 +91,22 @@ class Part:
     stop_after_steps: int = 0
     resume: str = "auto"
     model: ModelConfig = MODEL
+    documents: str = "ab"
 
 
 def train_part(rank: int, n: int, part: Part) -> dict[str, str]:
     """Begin or resume, train, and return the digests of this rank's weights and optimizer state."""
+
+    def sources_of(index: int) -> dict[str, Any]:
+        """The other ranks may not even see the data yet."""
+        return {"text": {"documents": part.documents}} if rank == 0 else {"text": {"documents": "lags"}}
+
     gc.freeze()  # Megatron collects garbage at every save, 0.2 s of looking at what the imports left
     engine = build_engine(part.model, STAGES, EngineConfig(device="cpu"), OPTIMIZER, ParallelConfig(cp=n), seed=SEED)
     schedule = build_schedule(STAGES, OPTIMIZER)
     mesh = {"tp": 1, "cp": n, "pp": 1, "dp": 1}
     identity = Identity(model_fingerprint(part.model), "ab" * 32, SEED, mesh, {})
-    start = begin(part.run_dir, part.resume, engine, identity, schedule)
+    start = begin(part.run_dir, part.resume, engine, identity, schedule, sources_of=sources_of)
     loaded = digests(engine.sharded_state_dict(is_loading=False))
     sinks = [JsonlWriter(part.run_dir / "metrics.jsonl", resume_step=start.progress.step)] if rank == 0 else []
     Training(
@@ -111,7 +117,7 @@ def train_part(rank: int, n: int, part: Part) -> dict[str, str]:
         checkpoint=CheckpointConfig(every_steps=0),
         stage_data=Copying,
         evaluators=(),
-        store=CheckpointStore(part.run_dir, identity, "", STAGES, keep_last=9),
+        store=CheckpointStore(part.run_dir, identity, "", STAGES, keep_last=9, sources_of=sources_of),
         meter=Meter(part.model, False, n, n, engine.topology.device, None),
         sinks=sinks,
         log=SilentLog(),
@@ -227,7 +233,10 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_on_every_rank_alike(runs: d
     shard.write_bytes(shard.read_bytes()[:-1])
     damaged = Part(tmp_path / "new", resume=str(newest))
     other_model = Part(tmp_path / "new", resume=str(runs[2].straight), model=replace(MODEL, qk_norm=True))
-    first, second = run_ranks(refusals, 2, [damaged, other_model])
+    half_way = runs[2].left_at_4 / "checkpoints" / "step_00000004"
+    other_data = Part(tmp_path / "new", resume=str(half_way), documents="cd")
+    first, second = run_ranks(refusals, 2, [damaged, other_model, other_data])
     assert first == second
     assert "__0_0.distcp has" in first[0]
     assert "model.qk_norm = False in the checkpoint" in first[1]
+    assert "got:     documents of data.sources.text = sha256 cd..." in first[2]

@@ -28,7 +28,7 @@ def checkpoint(run_dir: Path, step: int, *, stage_end: bool = False) -> Path:
     state = {
         **asdict(Progress(step, 0, step, 1000 * step)),
         "stage_end": stage_end,
-        "stage_rows": rows_fingerprint(StageConfig(name="warm\x1b[31mup")),
+        "stage_rows": rows_fingerprint(StageConfig(name="warm\x1b[31mup"), {}),
         "model": {},
         "tokenizer": "ab",
         "seed": 1,

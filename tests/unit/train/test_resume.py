@@ -1,20 +1,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moba_train.config.schema import SourceLengths, StageConfig
 from moba_train.errors import CheckpointError
 from moba_train.parallel.topology import Topology
 from moba_train.train.checkpoint import CheckpointStore, list_checkpoints
-from moba_train.train.progress import Progress, rows_fingerprint
-from moba_train.train.resume import check_schedule, find_start, newest_step, resolve_checkpoint
-from moba_train.train.schedule import build_schedule
-from tests.unit.train.toy import OPTIMIZER, STAGES, ToyEngine, ToyRun, identity
+from moba_train.train.progress import Progress
+from moba_train.train.resume import find_start, newest_step, resolve_checkpoint
+from tests.unit.train.toy import STAGES, ToyEngine, ToyRun, identity
 
 
 @pytest.fixture
@@ -119,57 +115,6 @@ def test_a_named_checkpoint_must_be_intact(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged") as caught:
         find_start(run_dir, str(checkpoint(run_dir, 4)))
     assert "common.pt has 0 bytes" in str(caught.value.got)
-
-
-LENGTHS = {"a": SourceLengths(long_doc_tokens=8, long_share=0.5)}
-
-
-def state_after(step: int, stage_index: int, step_in_stage: int, tokens: int) -> dict[str, Any]:
-    rows = rows_fingerprint(STAGES[stage_index])
-    return asdict(Progress(step, stage_index, step_in_stage, tokens)) | {"stage_rows": rows}
-
-
-@pytest.mark.parametrize(
-    "past", [replace(STAGES[0], tokens=32), replace(STAGES[0], tokens=128), replace(STAGES[0], tokens_per_step=32)]
-)
-def test_the_past_of_the_schedule_may_not_change(past: StageConfig) -> None:
-    with pytest.raises(CheckpointError, match="not those that it was trained with") as caught:
-        check_schedule(state_after(5, 1, 1, 80), build_schedule((past, STAGES[1]), OPTIMIZER), Path("x"))
-    assert caught.value.allowed == "step 5 is step 1 of stage 2, 80 tokens"
-
-
-@pytest.mark.parametrize("change", [{"tokens": 480}, {"mix": {"a": 2.0}}, {"name": "other"}, {"lengths": LENGTHS}])
-def test_the_stage_in_which_a_run_goes_on_must_draw_the_same_rows(change: dict[str, Any]) -> None:
-    changed = build_schedule((STAGES[0], replace(STAGES[1], **change)), OPTIMIZER)
-    with pytest.raises(CheckpointError, match="would draw other rows") as caught:
-        check_schedule(state_after(5, 1, 1, 80), changed, Path("x"))
-    assert f"stages.1.{next(iter(change))}" in str(caught.value.got)
-
-
-def test_a_checkpoint_from_before_stages_had_lengths_goes_on_where_there_are_none() -> None:
-    older = state_after(5, 1, 1, 80)
-    del older["stage_rows"]["lengths"]
-    check_schedule(older, build_schedule(STAGES, OPTIMIZER), Path("x"))
-    with pytest.raises(CheckpointError, match="would draw other rows") as caught:
-        check_schedule(older, build_schedule((STAGES[0], replace(STAGES[1], lengths=LENGTHS)), OPTIMIZER), Path("x"))
-    assert caught.value.allowed == "stages.1.lengths = {}"
-
-
-def test_attention_and_stages_that_have_not_begun_may_change() -> None:
-    future = (replace(STAGES[0], topk=3), replace(STAGES[1], tokens=480, mix={"b": 1.0}), replace(STAGES[1], name="c"))
-    check_schedule(state_after(2, 0, 2, 32), build_schedule(future, OPTIMIZER), Path("x"))
-    check_schedule(state_after(4, 0, 4, 64), build_schedule(future, OPTIMIZER), Path("x"))
-
-
-def test_a_run_that_was_cut_shorter_than_its_checkpoint_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="shorter than the checkpoint"):
-        check_schedule(state_after(7, 1, 3, 112), build_schedule(STAGES[:1], OPTIMIZER), Path("x"))
-
-
-def test_decisions_of_stages_that_are_not_there_are_refused_too() -> None:
-    state = state_after(5, 1, 1, 80) | {"stage_index": 7, "decided": {"7": 1}}
-    with pytest.raises(CheckpointError, match="not those that it was trained with"):
-        check_schedule(state, build_schedule(STAGES, OPTIMIZER), Path("x"))
 
 
 def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path: Path, topology: Topology) -> None:
