@@ -1,25 +1,37 @@
 """May a run go on from a checkpoint with this schedule?
 
-The stage under way must draw the rows that it began with: row i is a function of the whole stage and of the documents
-of its sources. Stages that have not begun may change.
+stages that are over      are as they were trained: the checkpoint's config.toml tells
+the stage under way       draws the rows that it began with: row i is a function of the whole stage and of the
+                          documents of its sources; its attention, say, may change, which the log tells
+stages still to come      may change
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moba_train.errors import CheckpointError
+from moba_train.train.manifest import read_small
 from moba_train.train.progress import Progress, progress_from_state, rows_fingerprint
+from moba_train.train.run_folder import CONFIG
 from moba_train.train.schedule import Schedule
 
 _RESTORE = "Restore these stages as the checkpoint's config.toml has them; to train longer, append one."
+_CONFIG_BYTES = 1 << 20
+_NOT_TRAINED = ("tokens", "until", "mesh")
+"""Fields of a stage that need not stay: lengths are compared in steps, and neither what ended a stage nor the mesh that
+it ran on is part of what was learned."""
+_BY_SOURCE = ("mix", "lengths")
+"""Tables whose keys are names of sources: one that is missing is a difference."""
 
 
 def check_schedule(
     state: Mapping[str, Any], schedule: Schedule, path: Path, sources_of: Callable[[int], Mapping[str, Any]]
-) -> None:
+) -> tuple[str, ...]:
     """Refuse a schedule whose past is not the checkpoint's; stages that have not begun may change.
 
     The stage in which the run goes on must draw the same rows, so its length, rows, mix and data may not change either.
@@ -31,6 +43,9 @@ def check_schedule(
         path: the checkpoint.
         sources_of: stage index -> what `rows_fingerprint` wants to know of its sources.
 
+    Returns:
+        Lines for the log: what changes within the stage under way.
+
     Raises:
         CheckpointError: names what differs.
         DataError: a source of the stage under way is missing.
@@ -38,15 +53,18 @@ def check_schedule(
     saved = progress_from_state(state)
     schedule = schedule.with_decided(saved.decided)
     if saved.step == 0:
-        return
+        return ()
     _check_position(saved, schedule, path)
-    if is_under_way(saved, schedule):
-        _check_rows(state["stage_rows"], saved, schedule, path, sources_of(saved.stage_index))
-
-
-def is_under_way(saved: Progress, schedule: Schedule) -> bool:
-    """Does the stage of the last finished step have steps left?"""
-    return saved.step < schedule.total_steps and schedule.place(saved.step).stage_index == saved.stage_index
+    trained, index = _trained_stages(path), saved.stage_index
+    is_under_way = saved.step < schedule.total_steps and schedule.place(saved.step).stage_index == index
+    _check_past(trained, saved, schedule, path, num_over=index if is_under_way else index + 1)
+    if is_under_way:
+        _check_rows(state["stage_rows"], saved, schedule, path, sources_of(index))
+    if len(trained) <= index:
+        return (f"{CONFIG} of the checkpoint does not tell how its stages were trained: that is not compared",)
+    stage = schedule.stages[index]
+    changes = [f"{key} {was!r} -> {now!r}" for key, was, now in _changes(trained[index], asdict(stage))]
+    return (f"stage '{stage.name}' changes from step {saved.step + 1}: {', '.join(changes)}",) if changes else ()
 
 
 def _check_position(saved: Progress, schedule: Schedule, path: Path) -> None:
@@ -69,6 +87,52 @@ def _check_position(saved: Progress, schedule: Schedule, path: Path) -> None:
         raise CheckpointError(what, where=str(path), got=got, allowed=told, fix=_RESTORE)
 
 
+def _trained_stages(path: Path) -> list[Mapping[str, Any]]:
+    """The stages in the checkpoint's config.toml as they stand there: another version may have written them. [] if they
+    cannot be read."""
+    try:
+        stages = tomllib.loads(read_small(path / CONFIG, _CONFIG_BYTES)).get("stages")
+    except (OSError, ValueError, RecursionError):  # a checkpoint whose state is sound is not refused for this
+        return []
+    return stages if isinstance(stages, list) and all(isinstance(stage, Mapping) for stage in stages) else []
+
+
+def _check_past(
+    trained: Sequence[Mapping[str, Any]], saved: Progress, schedule: Schedule, path: Path, *, num_over: int
+) -> None:
+    """Stages that are over must be as they were trained: the run's config.toml and report tell what they say."""
+    names, got, allowed = [], [], []
+    for index, (was, stage) in enumerate(zip(trained, schedule.stages[:num_over], strict=False)):
+        now = asdict(stage)
+        changes = list(_changes(was, now))
+        # Where the last one ends is known by the position. Earlier ones could have changed their lengths between them.
+        if index < saved.stage_index and index not in saved.decided and was.get("tokens", stage.tokens) != stage.tokens:
+            changes.append(("tokens", was["tokens"], stage.tokens))
+        names += [repr(was.get("name", stage.name))] if changes else []
+        got += [f"stages.{index}.{key} = {value!r}" for key, _, value in changes]
+        allowed += [f"stages.{index}.{key} = {value!r}" for key, value, _ in changes]
+    if names:
+        raise CheckpointError(
+            f"the configuration changes stages that are over: {', '.join(names)}",
+            where=str(path),
+            got="; ".join(got),
+            allowed="; ".join(allowed),
+            fix=f"Restore them as the checkpoint's {CONFIG} has them; to train otherwise, append a stage, or start a "
+            "new run (another --run-dir).",
+        )
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, was, now) of what differs. A key that only one of two versions of the program knows is not compared."""
+    for key, value in now.items():
+        if key not in was or (not path and key in _NOT_TRAINED):
+            continue
+        if isinstance(value, Mapping) and isinstance(was[key], Mapping) and key not in _BY_SOURCE:
+            yield from _changes(was[key], value, f"{path}{key}.")
+        elif _is_other(key, was[key], value):
+            yield f"{path}{key}", was[key], value
+
+
 def _check_rows(
     theirs: Mapping[str, Any], saved: Progress, schedule: Schedule, path: Path, sources: Mapping[str, Any]
 ) -> None:
@@ -77,7 +141,7 @@ def _check_rows(
     stage = schedule.stages[index]
     what, fix = "the stage in which the run goes on would draw other rows than it began with", _RESTORE
     ours, theirs = rows_fingerprint(stage, sources), {"lengths": {}, **theirs}  # older checkpoints do not have it
-    of_stage = [key for key in ours if key != "sources" and is_other(key, theirs.get(key), ours[key])]
+    of_stage = [key for key in ours if key != "sources" and _is_other(key, theirs.get(key), ours[key])]
     got, allowed = ([f"stages.{index}.{key} = {rows.get(key)!r}" for key in of_stage] for rows in (ours, theirs))
     of_sources = list(_other_sources(theirs.get("sources"), sources))
     if of_sources:
@@ -110,7 +174,7 @@ def _describe(name: str, key: str, value: object) -> str:
     return f"data.sources.{name}.{key} = {value!r}"
 
 
-def is_other(key: str, was: object, now: Any) -> bool:
+def _is_other(key: str, was: object, now: Any) -> bool:
     """Is a field of a stage another one? The order of a mix counts: of two rows that are due at once, the first is that
     of the source named first."""
     return bool(was != now) or (key == "mix" and list(was) != list(now))  # type: ignore[call-overload]

@@ -196,12 +196,13 @@ def begin(
     if path is None:
         return start
     state: dict[str, Any] = ranks.from_rank_0(lambda: read_state(path))
-    ranks.from_rank_0(lambda: check_schedule(state, schedule, path, sources_of))
+    changes = ranks.from_rank_0(lambda: check_schedule(state, schedule, path, sources_of))
     saved = load_checkpoint(path, engine, identity, is_verified=True)
     left = ranks.from_rank_0(lambda: set_aside_after(run_dir, saved.step))
     notes = [
         *(f"restored {name}: it was being replaced by one of the same step" for name in restored),
         *start.notes,
+        *changes,
         *(f"set aside {name}.abandoned: it lies beyond step {saved.step}" for name in left),
     ]
     stage = schedule.stages[min(saved.stage_index, len(schedule.stages) - 1)]

@@ -114,3 +114,30 @@ def test_a_checkpoint_that_does_not_tell_of_its_sources_goes_on_and_the_next_one
     write_manifest(path, seal_files(file for file in path.iterdir() if file.name != "manifest.json"))
     assert train(folder, "--data.sources.text.min-doc-tokens", "250", "--run.stop-after-steps", "1") == 0
     assert train(folder, "--run.stop-after-steps", "1") == 2, "from here on it counts"
+
+
+def test_a_stage_that_is_over_cannot_be_rewritten(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither on the way nor afterwards; configuration and report go on telling what was trained."""
+    resolved = folder / "run" / "config.toml"
+    for further, steps in ((3, 5), (1, 6)):
+        assert train(folder, "--run.stop-after-steps", str(further)) == 0
+        before = resolved.read_bytes()
+        assert (
+            train(folder, "--stages.0.attention", "full", "--stages.0.name", "warm", "--stages.0.rope.base", "500") == 2
+        )
+        told = capfd.readouterr().err
+        assert "the configuration changes stages that are over: 'moba'" in told
+        assert "stages.0.name = 'moba'; stages.0.attention = 'moba'; stages.0.rope.base = 10000.0" in told
+        assert resolved.read_bytes() == before and len(records(folder / "run")) == steps
+    assert train(folder, "--stages.1.topk", "2") == 2, "all is done"
+    assert "changes stages that are over: 'full'" in capfd.readouterr().err
+    assert resolved.read_bytes() == before
+
+
+def test_what_changes_within_the_stage_under_way_is_told_and_later_stages_change_silently(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stages.0.attention", "full", "--stages.0.rope.base", "500", "--run.stop-after-steps", "1")
+    assert train(folder, *words, "--stages.1.topk", "2") == 0
+    told = "stage 'moba' changes from step 3: attention 'moba' -> 'full', rope.base 10000.0 -> 500.0"
+    assert [line for line in capfd.readouterr().out.splitlines() if " changes from step " in line] == [told]

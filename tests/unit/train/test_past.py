@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
-from moba_train.config.schema import DataConfig, SourceConfig, SourceLengths, StageConfig
+from moba_train.config.load import to_toml
+from moba_train.config.schema import (
+    DataConfig,
+    FullLayers,
+    RopeConfig,
+    RunConfig,
+    SourceConfig,
+    SourceLengths,
+    StageConfig,
+    StageMesh,
+    UntilConfig,
+)
 from moba_train.data.indexed import write_indexed, write_spans
 from moba_train.data.stage_data import source_facts
 from moba_train.errors import CheckpointError, DataError
@@ -41,8 +54,14 @@ def check(
     *,
     sources: Mapping[str, Any] = SOURCES,
     path: Path = Path("x"),
-) -> None:
-    check_schedule(state, build_schedule(stages, OPTIMIZER), path, lambda index: sources)
+) -> tuple[str, ...]:
+    return check_schedule(state, build_schedule(stages, OPTIMIZER), path, lambda index: sources)
+
+
+def written(path: Path, stages: Sequence[StageConfig] = STAGES) -> Path:
+    """A checkpoint's config.toml, in the folder `path`."""
+    (path / "config.toml").write_text(to_toml(RunConfig(stages=tuple(stages))))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -142,10 +161,87 @@ def test_the_facts_of_a_source_follow_its_documents_and_not_its_path(tmp_path: P
         facts("nothing")
 
 
-def test_attention_and_stages_that_have_not_begun_may_change() -> None:
-    future = (replace(STAGES[0], topk=3), replace(STAGES[1], tokens=480, mix={"b": 1.0}), replace(STAGES[1], name="c"))
-    check(state_after(2, 0, 2, 32), future)
-    check(state_after(4, 0, 4, 64), (STAGES[0], *future[1:]))
+def test_stages_that_have_not_begun_may_change_without_a_word(tmp_path: Path) -> None:
+    future = (replace(STAGES[1], tokens=480, mix={"b": 1.0}, attention="moba"), replace(STAGES[1], name="c"))
+    for state in (state_after(2, 0, 2, 32), state_after(4, 0, 4, 64)):
+        assert check(state, (STAGES[0], *future), path=written(tmp_path)) == ()
+
+
+PAST = [
+    ({"attention": "full"}, "attention = 'full'", "attention = 'moba'"),
+    ({"topk": 1}, "topk = 1", "topk = 2"),
+    ({"chunk_size": 4}, "chunk_size = 4", "chunk_size = 2"),
+    ({"select": "group"}, "select = 'group'", "select = 'head'"),
+    ({"full_layers": FullLayers(last=1)}, "full_layers.last = 1", "full_layers.last = 0"),
+    ({"rope": RopeConfig(base=500.0)}, "rope.base = 500.0", "rope.base = 10000.0"),
+    ({"lr": 0.25}, "lr = 0.25", "lr = 'inherit'"),
+    ({"name": "warm"}, "name = 'warm'", "name = 'short'"),
+    ({"seq_len": 4}, "seq_len = 4", "seq_len = 8"),
+    ({"mix": {"b": 1.0}}, "mix = {'b': 1.0}", "mix = {}"),
+]
+
+
+@pytest.mark.parametrize(("change", "got", "allowed"), PAST)
+@pytest.mark.parametrize("step", [4, 5, 7], ids=["at its end", "in the next stage", "when all is done"])
+def test_a_stage_that_is_over_stays_as_it_was_trained(
+    tmp_path: Path, step: int, change: dict[str, Any], got: str, allowed: str
+) -> None:
+    state = state_after(4, 0, 4, 64) if step == 4 else state_after(step, 1, step - 4, 16 * step)
+    with pytest.raises(CheckpointError, match="changes stages that are over: 'short'") as caught:
+        check(state, (replace(STAGES[0], **change), STAGES[1]), path=written(tmp_path))
+    assert (caught.value.got, caught.value.allowed) == (f"stages.0.{got}", f"stages.0.{allowed}")
+
+
+def test_the_last_stage_of_a_finished_run_stays_too_and_all_that_differs_is_told(tmp_path: Path) -> None:
+    stages = (replace(STAGES[0], topk=3), replace(STAGES[1], attention="moba"), replace(STAGES[1], name="more"))
+    with pytest.raises(CheckpointError, match="stages that are over: 'short', 'long'") as caught:
+        check(state_after(7, 1, 3, 112), stages, path=written(tmp_path))
+    assert caught.value.got == "stages.0.topk = 3; stages.1.attention = 'moba'"
+    assert check(state_after(7, 1, 3, 112), (*STAGES, stages[2]), path=written(tmp_path)) == (), "it may go on"
+
+
+def test_lengths_that_make_up_for_one_another_are_another_past(tmp_path: Path) -> None:
+    three = (replace(STAGES[0], tokens=32), replace(STAGES[0], name="second"), STAGES[1])
+    turned = (replace(STAGES[0], tokens=64), replace(STAGES[0], name="second", tokens=32), STAGES[1])
+    state = state_after(5, 1, 1, 80) | {"step": 7, "stage_index": 2, "tokens": 112}
+    assert check(state, three, path=written(tmp_path, three)) == ()
+    with pytest.raises(CheckpointError, match="stages that are over: 'short', 'second'") as caught:
+        check(state, turned, path=tmp_path)
+    assert caught.value.got == "stages.0.tokens = 64; stages.1.tokens = 32"
+
+
+def test_mesh_and_rules_of_a_stage_that_is_over_may_change_and_its_length_where_a_rule_ended_it(tmp_path: Path) -> None:
+    until = UntilConfig(loss_plateau=0.1)
+    begun = (replace(STAGES[0], tokens=640, until=until), STAGES[1])
+    now = (replace(STAGES[0], tokens=320, mesh=StageMesh(cp=2)), STAGES[1])
+    assert check(IN_STAGE_2 | {"decided": {"0": 4}}, now, path=written(tmp_path, begun)) == ()
+
+
+def test_what_changes_within_a_stage_is_told(tmp_path: Path) -> None:
+    other = replace(STAGES[0], attention="full", rope=RopeConfig(base=500.0), until=UntilConfig(loss_plateau=0.1))
+    told = "stage 'short' changes from step 3: attention 'moba' -> 'full', rope.base 10000.0 -> 500.0"
+    assert check(state_after(2, 0, 2, 32), (other, STAGES[1]), path=written(tmp_path)) == (told,)
+
+
+def test_what_only_one_version_of_the_program_knows_is_not_compared(tmp_path: Path) -> None:
+    tree = tomllib.loads((written(tmp_path) / "config.toml").read_text())
+    for stage in tree["stages"]:
+        del stage["select"], stage["rope"]["beta_fast"], stage["lengths"]
+        stage["window"] = stage["rope"]["window"] = 5
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(tree))
+    assert check(IN_STAGE_2, path=tmp_path) == ()
+    with pytest.raises(CheckpointError, match="stages that are over"):
+        check(IN_STAGE_2, (replace(STAGES[0], topk=3), STAGES[1]), path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[run]\n", "stages = 5", "stages = [5]", "[[stages]]\n", "= no TOML", "\0", "a" * (1 << 21)]
+)
+def test_a_checkpoint_that_does_not_tell_of_its_stages_goes_on_and_that_is_said(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    other = (replace(STAGES[0], topk=3), STAGES[1])
+    told = ("config.toml of the checkpoint does not tell how its stages were trained: that is not compared",)
+    assert check(IN_STAGE_2, other, path=tmp_path) == told == check(IN_STAGE_2, other, path=tmp_path / "nothing")
 
 
 def test_a_run_that_was_cut_shorter_than_its_checkpoint_is_refused() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,18 @@ def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path: P
     again = ToyRun(tmp_path, topology)
     again.go()
     assert again.asked()[0] == (0, 6)
+
+
+def test_a_change_within_a_stage_is_told_at_the_start_and_stays_what_it_was_once_the_stage_is_over(
+    tmp_path: Path, topology: Topology
+) -> None:
+    ToyRun(tmp_path, topology, stop_after_steps=2).go()
+    full = (replace(STAGES[0], attention="full"), STAGES[1])
+    run = ToyRun(tmp_path, topology, stages=full)
+    run.go()
+    assert "stage 'short' changes from step 3: attention 'moba' -> 'full'" in run.notes
+    again = ToyRun(tmp_path, topology, stages=full)
+    again.go()
+    assert len(again.notes) == 1, "the checkpoint is where it comes from"
+    with pytest.raises(CheckpointError, match="changes stages that are over: 'short'"):
+        ToyRun(tmp_path, topology).go()

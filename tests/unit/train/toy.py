@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from moba_train.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, RunSection, StageConfig
+from moba_train.config.load import to_toml
+from moba_train.config.schema import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunSection,
+    StageConfig,
+)
 from moba_train.data.row import Row
 from moba_train.engine.base import AttentionMode, RowScores, StepResult
 from moba_train.engine.phases import OnPhase, Phase
@@ -200,7 +208,7 @@ class ToyRun:
         store = CheckpointStore(
             self.run_dir,
             identity(),
-            "[run]\n",
+            to_toml(RunConfig(stages=self.stages)),
             self.stages,
             self.keep_last,
             keep_every=self.keep_every,
