@@ -293,11 +293,13 @@ def random_routing(
     num_kv_heads: int,
     q_positions: Tensor | None = None,
     seed: int,
+    head_offset: int = 0,
     device: torch.device | str,
 ) -> Routing:
     """A control experiment: as many picks as MoBA would make, uniform over the candidates, without replacement.
 
-    A pure function of (seed, global query position, head): any sharding of the queries gives the same picks.
+    A pure function of (seed, global query position, head): any sharding of the queries gives the same picks, and so
+    does one of the heads if each part says as head_offset how many heads that pick lie before it.
     Floyd's subset sampling (Bentley, CACM 30(9), 1987): for j = n-P .. n-1 draw r <= j, take r, or j when r is taken.
     Returns a Routing of [T,R,P] picks on `device`.
     """
@@ -315,7 +317,7 @@ def random_routing(
     first_T = geometry.first_chunk_of_doc[geometry.doc_C[own_T]] if own_T.numel() else own_T
     routed, kept = spec.routed_heads(num_heads, num_kv_heads), stored_picks(spec, pack)
     candidates_T1 = (own_T - first_T)[:, None]
-    head_R = torch.arange(routed, device=device)
+    head_R = head_offset + torch.arange(routed, device=device)
     stream_TR = _mix(_mix(_mix(token_T.new_full((1, 1), _wrapped(seed))) + token_T[:, None]) + head_R)
     picks = torch.full((token_T.numel(), routed, kept), -1, dtype=torch.int64, device=device)
     for i in range(kept):

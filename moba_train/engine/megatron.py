@@ -98,6 +98,10 @@ class MegatronEngine(GptEngine):
             empty = {name: None for name in self._gpt.state_dict() if name.endswith("_extra_state")}
             self._gpt.load_state_dict({**state["model"], **empty})
             load_optimizer_state(self._optimizer, state["optimizer"])
+            # Weights in fp32 are the optimizer's master weights, which may be finer than the saved ones (of a run in
+            # bf16): each rank has loaded its shard of them.
+            if self._ddp.ddp_config.use_distributed_optimizer:
+                self._ddp.start_param_sync(force_sync=True)
 
     def _run(
         self,

@@ -23,6 +23,9 @@ with quiet_imports():
     from megatron.core.optimizer.optimizer import MegatronOptimizer
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+# What a parameter group has from the configuration, each step anew in the case of the learning rate.
+_CONFIGURED = ("weight_decay", "betas", "eps")
+
 
 def wrap_data_parallel(gpt: nn.Module, config: TransformerConfig, engine: EngineConfig) -> DistributedDataParallel:
     """Megatron's DDP over data- and context-parallel ranks; gradients are accumulated and reduced in fp32."""
@@ -76,7 +79,8 @@ def sharded_optimizer_state(
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Restore loaded optimizer state.
+    """Restore loaded optimizer state: moments and step counts. Weight decay, betas and eps stay as they are configured,
+    as the learning rate does; PyTorch would take them from the checkpoint.
 
     Three things that Megatron gets wrong with PyTorch's AdamW (it expects Apex's) are mended: its distributed optimizer
     looks for a "step" among the moments of each parameter, and gives all parameters one shared step tensor, which AdamW
@@ -88,7 +92,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     else:
         groups = _complete_groups(optimizer, common["optimizer"]["param_groups"])
         common["optimizer"] = {**common["optimizer"], "param_groups": groups}
+    configured = [{name: group[name] for name in _CONFIGURED} for group in optimizer.param_groups]
     optimizer.load_state_dict(common)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
     if "param_state" in state:
         steps = {parameter: held.pop("step", None) for parameter, held in _states(optimizer)}
         _parts(optimizer)[0].load_parameter_state_from_fully_reshardable(state["param_state"])

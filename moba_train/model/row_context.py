@@ -30,21 +30,23 @@ with quiet_imports():
 
 @dataclass(frozen=True)
 class RandomPicks:
-    """The control experiment: uniform picks, a pure function of (seed, layer, tensor-parallel rank, position, head)."""
+    """The control experiment: uniform picks, a pure function of (seed, layer, position, head), whatever the mesh."""
 
     seed: int
     tp_rank: int
 
     def routing(self, layer: int, spec: MoBA, query_SHD: Tensor, num_kv_heads: int, context: RowContext) -> Routing:
         """The routing of this rank's queries [S,H,D] in a global layer."""
-        text = f"{self.seed}/{layer}/{self.tp_rank}".encode()
+        text = f"{self.seed}/{layer}".encode()
+        num_heads = query_SHD.shape[1]
         return random_routing(
             spec,
             pack=context.pack,
-            num_heads=query_SHD.shape[1],
+            num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             q_positions=context.positions_S,
             seed=int.from_bytes(hashlib.sha256(text).digest()[:7], "little"),
+            head_offset=self.tp_rank * spec.routed_heads(num_heads, num_kv_heads),
             device=query_SHD.device,
         )
 

@@ -5,7 +5,8 @@ Four figures, kept apart because published numbers mix them:
 * `model`: parameters and attended pairs, forward and backward, nothing twice. MFU is made from it.
 * `gate`: MoBA's routing scores (forward only; no gradient flows through the choice).
 * `with_recompute`: what the device really executes: attention's backward computes the scores again (10 instead of 8
-  operations per pair and dimension), full activation recompute runs every layer's forward again, and the gate counts.
+  operations per pair and dimension), the loss's backward the logits (`moba_train.model.tiled_loss`), full activation
+  recompute runs every layer's forward again, and the gate counts.
 * `dense_equivalent`: what the same tokens would have cost under full causal attention.
 
 A matrix multiplication with P weights costs 2 P per token forward and 4 P backward (arXiv 2001.08361). Attention costs
@@ -88,16 +89,17 @@ def step_flops(model: ModelConfig, *, num_tokens: int, pairs: PairCounts, full_r
         pairs: attention work of the step, over all ranks and layers.
         full_recompute: engine.recompute == "full".
     """
-    weights = matmul_parameters(model)
-    layer_weights = weights - model.hidden_size * model.vocab_size
+    weights, head_weights = matmul_parameters(model), model.hidden_size * model.vocab_size
+    layer_weights = weights - head_weights
     per_pair = float(model.head_dim * model.num_heads)
     parameters = 6.0 * weights * num_tokens
     gate = 2.0 * model.head_dim * (model.num_heads * pairs.gate + model.num_kv_heads * pairs.gate_group)
+    logits_again = 2.0 * head_weights * num_tokens
     forward_again = (2.0 * layer_weights * num_tokens + 4.0 * per_pair * pairs.attended) if full_recompute else 0.0
     return StepFlops(
         model=parameters + 12.0 * per_pair * pairs.attended,
         gate=gate,
-        with_recompute=parameters + 14.0 * per_pair * pairs.attended + forward_again + gate,
+        with_recompute=parameters + logits_again + 14.0 * per_pair * pairs.attended + forward_again + gate,
         dense_equivalent=parameters + 12.0 * per_pair * pairs.causal,
     )
 

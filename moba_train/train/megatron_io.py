@@ -365,7 +365,8 @@ def misfit(folder: Path, error: BaseException) -> CheckpointError:
         "the checkpoint does not fit this model or does not read",
         where=str(folder),
         got=_last_line(error),
-        fix="Resume with the configuration that the checkpoint holds in config.toml, or from another checkpoint.",
+        fix="Resume with the configuration that the checkpoint holds in config.toml (engine.distributed_optimizer is "
+        "part of it), or from another checkpoint.",
     )
 
 

@@ -61,6 +61,33 @@ def test_a_loaded_run_continues_bit_for_bit(tmp_path: Path, precision: str, dist
             np.testing.assert_array_equal(a, b)
 
 
+def loaded(rank: int, n: int, case: Case, saved: Path) -> tuple[dict[str, np.ndarray], list[tuple[Any, ...]]]:
+    """Weights and the settings of the parameter groups after loading on two context-parallel ranks."""
+    engine = engine_of(case, seed=8, cp=n)
+    engine.load_state_dict(load_sharded(engine.sharded_state_dict(is_loading=True), saved))
+    groups = engine._optimizer.param_groups
+    return weights(engine), [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in groups]
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
+def test_weight_decay_betas_and_eps_are_those_of_the_configuration(tmp_path: Path, distributed: bool) -> None:
+    case, saved = case_of("fp32", distributed), folder(tmp_path, "saved")
+    run_ranks(trained, 2, case, {"cp": 2}, None, saved, range(1))
+    other = OptimizerConfig(weight_decay=30.0, beta1=0.1, beta2=0.2, eps=1e-4)
+    for _, groups in run_ranks(loaded, 2, replace(case, optimizer=other), saved):
+        assert sorted(groups) == [(0.0, (0.1, 0.2), 1e-4), (30.0, (0.1, 0.2), 1e-4)]
+
+
+def test_ranks_hold_the_same_weights_where_a_run_in_bf16_goes_on_in_fp32(tmp_path: Path) -> None:
+    saved = folder(tmp_path, "saved")
+    rounded = run_ranks(trained, 2, case_of("bf16", True), {"cp": 2}, None, saved, range(2))[0]["weights"]
+    (first, _), (second, _) = run_ranks(loaded, 2, case_of("fp32", True), saved)
+    assert any((first[name] != value).any() for name, value in rounded.items())  # the master weights are finer
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value, err_msg=name)
+        np.testing.assert_allclose(value, rounded[name], rtol=2**-8, err_msg=name)
+
+
 def holds_state(rank: int, n: int) -> bool:
     state = engine_of(case_of("fp32", True)).sharded_state_dict(is_loading=False)
     return "param_state" in state["optimizer"]

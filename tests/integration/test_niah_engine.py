@@ -1,4 +1,4 @@
-"""The needle grid on the real engine: packing and context parallelism change neither scores nor routing."""
+"""The needle grid on the real engine: packing and the mesh change neither scores nor routing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from tests.distributed import run_ranks
 LINES = [f"value_{i} = compute(value_{i - 1}, {i * 37 % 101})  # keep the order of the steps\n" for i in range(80)]
 STAGE = StageConfig(name="long", seq_len=256, tokens=256, tokens_per_step=256, mix={"a": 1.0}, chunk_size=8, topk=3)
 OPTIMIZER = OptimizerConfig(lr=1e-3)
+ONE_RANK = ParallelConfig()
 
 
-def measure(rank: int, n: int, model_path: Path, out: Path, row_tokens: int) -> tuple[NiahRecord, ...]:
+def measure(
+    rank: int, n: int, model_path: Path, out: Path, row_tokens: int, mesh: ParallelConfig = ONE_RANK
+) -> tuple[NiahRecord, ...]:
     tokenizer = load_tokenizer(model_path)
     model = ModelConfig(
         num_layers=2,
         hidden_size=32,
         ffn_hidden_size=64,
-        num_heads=2,
-        num_kv_heads=1,
+        num_heads=4,
+        num_kv_heads=2,
         head_dim=16,
         vocab_size=-(-tokenizer.vocab_size // 8) * 8,
         key_conv=3,
     )
-    engine = build_engine(model, (STAGE,), EngineConfig(device="cpu"), OPTIMIZER, ParallelConfig(cp=n), seed=5)
+    engine = build_engine(model, (STAGE,), EngineConfig(device="cpu"), OPTIMIZER, mesh, seed=5)
     haystack = np.array(tokenizer.encode("".join(LINES)), dtype=np.int64)
     result = run_niah(
         engine,
@@ -68,9 +71,10 @@ def assert_same(left: tuple[NiahRecord, ...], right: tuple[NiahRecord, ...]) -> 
 def test_scores_and_routing_do_not_depend_on_ranks_or_packing(model_path: Path, tmp_path: Path) -> None:
     (packed,) = run_ranks(measure, 1, model_path, tmp_path / "packed", 256)
     (alone,) = run_ranks(measure, 1, model_path, tmp_path / "alone", 1)
-    first, second = run_ranks(measure, 2, model_path, tmp_path / "two", 256)
-    assert first == second
-    assert_same(packed, first)
+    for mesh in (ParallelConfig(cp=2), ParallelConfig(tp=2)):
+        first, second = run_ranks(measure, 2, model_path, tmp_path / f"cp {mesh.cp}", 256, mesh)
+        assert first == second
+        assert_same(packed, first)
     assert_same(*(tuple(r for r in records if r.attention != "random") for records in (packed, alone)))
     moba, full, random = ([r for r in packed if r.attention == a] for a in ("moba", "full", "random"))
     # a cell that is dense by construction scores as full attention does, routes everywhere, whatever the picks

@@ -184,6 +184,18 @@ def test_random_routing_is_identical_under_any_split_of_the_queries(select):
     assert not other.equals(whole)
 
 
+@pytest.mark.parametrize("select", ["head", "group"])
+def test_random_routing_is_identical_under_any_split_of_the_heads(select):
+    pack, spec = Pack([0, 33, 300]), MoBA(8, 5, select)
+    whole = random_routing(spec, pack=pack, num_heads=8, num_kv_heads=4, seed=7, device="cpu")
+    for rank in range(2):
+        offset = rank * spec.routed_heads(4, 2)
+        part = random_routing(
+            spec, pack=pack, num_heads=4, num_kv_heads=2, seed=7, head_offset=offset, device="cpu"
+        )  # fmt: skip
+        assert part.equals(whole.of_kv_heads(2 * rank, 2 * rank + 2, 4))
+
+
 def test_random_routing_picks_as_many_as_the_gate_and_only_candidates():
     cu, spec = [0, 1, 50, 50, 200], MoBA(8, 4)
     q, k, _, _ = make_qkv(cu)

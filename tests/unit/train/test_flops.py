@@ -59,7 +59,7 @@ def test_flops_match_a_count_by_hand() -> None:
     assert flops.model == 6 * 1984 * 50 + 12 * 2 * 4 * 100
     assert flops.dense_equivalent == 6 * 1984 * 50 + 12 * 2 * 4 * 250
     assert flops.gate == 2 * 2 * 4 * 10
-    assert flops.with_recompute == 6 * 1984 * 50 + 14 * 2 * 4 * 100 + flops.gate
+    assert flops.with_recompute == 6 * 1984 * 50 + 2 * 256 * 50 + 14 * 2 * 4 * 100 + flops.gate  # logits twice
     again = step_flops(MODEL, num_tokens=50, pairs=pairs, full_recompute=True)
     assert again.with_recompute - flops.with_recompute == 2 * (1984 - 256) * 50 + 4 * 2 * 4 * 100
     assert again.model == flops.model
