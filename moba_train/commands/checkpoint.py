@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from moba_train.data.files import disk_errors
 from moba_train.errors import CheckpointError
 from moba_train.train.manifest import OnBytes, damages, read_manifest
 from moba_train.train.run_folder import (
@@ -133,7 +134,8 @@ def run_prune(run: Path, *, keep_last: int, keep_every: int, stage_ends: bool, a
             size = _size(path)
             print(f"{'would delete' if dry_run else 'deleting'} {path.name}, {_bytes(size)}", flush=True)
             if not dry_run:
-                with _disk_errors(path):
+                refused = "a checkpoint cannot be deleted"
+                with disk_errors(path, what=refused, kind=CheckpointError, fix="Check permissions."):
                     remove_tree(path) if path in others else delete_checkpoint(path)
             freed += size
     kept = len(paths) - len(going)
@@ -197,16 +199,6 @@ def _progress(name: str, total: int) -> Iterator[OnBytes]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"hashing {name}", total=total)
         yield lambda count: progress.advance(task, count)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            "a checkpoint cannot be deleted", where=str(path), got=str(error), fix="Check permissions."
-        ) from error
 
 
 def _size(path: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +28,7 @@ from moba_train.commands.companions import (
 )
 from moba_train.config.load import decode_toml, plain, read_text
 from moba_train.config.schema import ModelConfig
+from moba_train.data.files import disk_errors
 from moba_train.errors import CheckpointError, ConfigError
 from moba_train.model.hf.config import HfModel, read_config
 from moba_train.model.hf.export import hf_config
@@ -190,27 +192,21 @@ def _made_whole(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `out` is there and not empty, or the disk refuses.
     """
-    try:
+    refused = partial(disk_errors, out, what="the folder cannot be written", kind=CheckpointError)
+    with refused(fix="Name a new folder; remove what an interrupted conversion has left."):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} is there already")
         whole = out.absolute()  # "." has no name of its own
         aside = whole.with_name(whole.name + ".tmp")
         aside.mkdir(parents=True)
-    except OSError as error:
-        raise _unwritable(out, error, "Name a new folder; remove what an interrupted conversion has left.") from error
     try:
-        yield aside
-        fsync_path(aside)
-        aside.replace(whole)
-        fsync_path(whole.parent)
-    except OSError as error:
-        raise _unwritable(out, error, "Check free space and permissions.") from error
+        with refused(fix="Check free space and permissions."):
+            yield aside
+            fsync_path(aside)
+            aside.replace(whole)
+            fsync_path(whole.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _unwritable(out: Path, error: OSError, fix: str) -> CheckpointError:
-    return CheckpointError("the folder cannot be written", where=str(out), got=str(error), fix=fix)
 
 
 def _starting_config(found: HfModel, dtype: torch.dtype, out: Path, tokenizers: Mapping[str, str]) -> str:

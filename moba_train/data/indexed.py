@@ -17,14 +17,14 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moba_train.data.files import published
+from moba_train.data.files import disk_errors, published
 from moba_train.errors import DataError
 from moba_train.quiet import quiet_imports
 
@@ -340,12 +340,13 @@ class IndexedWriter:
         """Add one document, or a part of the one that all parts are joined into.
 
         Raises:
-            DataError: it has no token.
+            DataError: it has no token, or the disk refuses.
         """
         if len(tokens) == 0:
             where = f"{self.prefix}, document {self.num_documents}"
             raise DataError("a document without tokens cannot be written", where=where)
-        self._builder.add_document(np.asarray(tokens), [len(tokens)])
+        with disk_errors(bin_path(self.prefix)):
+            self._builder.add_document(np.asarray(tokens), [len(tokens)])
         if self._join and self.num_documents:
             del self._builder.document_indices[-2]  # the end of what came before
         else:
@@ -356,7 +357,8 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._builder.data_file.close()
+            with suppress(OSError):  # a full disk refuses what is still in the buffer, too
+                self._builder.data_file.close()
             self._files.__exit__(kind, error, trace)
             return
         try:

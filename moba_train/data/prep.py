@@ -18,6 +18,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from moba_train.data.chat import TEMPLATE_NAME, ChatEncoder, ChatTemplate, find_template
 from moba_train.data.chat_gate import ChatGate
 from moba_train.data.encode import Batch, Coding, Frame, encoded, in_batches
-from moba_train.data.files import published
+from moba_train.data.files import disk_errors, published
 from moba_train.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, spans_path, write_spans
 from moba_train.data.needles import FORMAT, NeedleText, build_needle_document, haystack_of, load_words, special_words
 from moba_train.data.pair_writer import PairWriter
@@ -127,7 +128,7 @@ def prepare(options: PrepOptions) -> PrepReport:
 
     Raises:
         ConfigError: options out of range.
-        DataError: sources missing, empty or broken; no text for a tokenizer.
+        DataError: sources missing, empty or broken; no text for a tokenizer; a folder that cannot be written.
     """
     _check_options(options)
     files = list_files(options.sources)
@@ -137,7 +138,10 @@ def prepare(options: PrepOptions) -> PrepReport:
     finished = _finished(options.out, request, template)
     if finished is not None:
         return finished
-    (options.out / "prep.json").unlink(missing_ok=True)
+    with disk_errors(options.out, what="the folder cannot be written"):  # asked before hours of reading
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "prep.json").unlink(missing_ok=True)
+        TemporaryFile(dir=options.out).close()
     gate = ChatGate(template, taken, options.tokenizer, join=options.join)
     with _progress() as progress:
         found = survey(

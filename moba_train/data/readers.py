@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from moba_train.data.compressed import DAMAGE, open_bytes
+from moba_train.data.files import disk_errors
 from moba_train.data.parquet import ParquetError, parquet_rows
 from moba_train.data.records import MAX_RECORD_MIB, Document, document_of, size_bytes
 from moba_train.errors import DataError
@@ -104,19 +105,21 @@ def read_documents(
         stats: counters to fill.
 
     Raises:
-        DataError: a broken record, with file and line or row; a file that takes too much memory to unpack.
+        DataError: a broken record, with file and line or row; a file that takes too much memory to unpack, or that the
+            disk does not give.
     """
     stats = ReadStats() if stats is None else stats
     for file in files:
         stats.files += 1
-        for document in _documents(file, skip_bad or file.may_be_bad, stats):
-            if isinstance(document, str) and not document.strip():
-                continue
-            stats.documents += 1
-            stats.num_bytes += size_bytes(document)
-            yield document
-            if max_mib and stats.num_bytes >= max_mib * 2**20:
-                return
+        with disk_errors(file.path, what="the source cannot be read", fix="mend it, or leave it out of the sources"):
+            for document in _documents(file, skip_bad or file.may_be_bad, stats):
+                if isinstance(document, str) and not document.strip():
+                    continue
+                stats.documents += 1
+                stats.num_bytes += size_bytes(document)
+                yield document
+                if max_mib and stats.num_bytes >= max_mib * 2**20:
+                    return
 
 
 def _stdlib_files() -> list[SourceFile]:

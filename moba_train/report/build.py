@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from moba_train.data.files import published
 from moba_train.eval.cells import by_chunk_offset, mean_score, summarise
 from moba_train.eval.heatmap import format_share, render_niah
 from moba_train.eval.table import HEADER as NIAH_HEADER
@@ -239,7 +239,7 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
         The file's path.
 
     Raises:
-        DataError: there is no metrics.jsonl with a finished step.
+        DataError: there is no metrics.jsonl with a finished step, or the file cannot be written.
     """
     run = load_run(run_dir)
     titles = {
@@ -273,10 +273,8 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
     subtitle += f"{plots.human(rate)} tokens/s" if rate is not None else "not known"
     links = [(anchor, titles[anchor]) for anchor, parts in sections.items() if any(parts)]
     path = out if out is not None else run_dir / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(page.document(f"Training report: {name}", subtitle, links, body), encoding="utf-8")
-    os.replace(aside, path)
+    with published(path) as aside:
+        aside.write_text(page.document(f"Training report: {name}", subtitle, links, body), encoding="utf-8")
     return path
 
 

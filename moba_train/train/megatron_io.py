@@ -19,7 +19,8 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum, EnumMeta
 from pathlib import Path
@@ -113,18 +114,25 @@ def _member(of: Any, name: Any) -> Enum:
     raise pickle.UnpicklingError(f"it asks for an attribute {name!r} that is no member of an enumeration")
 
 
+@contextmanager
+def disk_named() -> Iterator[None]:
+    """OSError where torch.save to a stream meets one, closes its archive and complains of that."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from error
+
+
 class _ShardWriter(FileSystemWriter):
     """A disk that refuses in the middle of a shard is reported as such."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """As the base; OSError where torch.save, which meets one, closes its archive and complains of that."""
-        try:
+        """As the base."""
+        with disk_named():
             return super().write_data(plan, planner)
-        except RuntimeError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from error
 
 
 @dataclass(frozen=True)

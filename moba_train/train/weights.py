@@ -41,7 +41,7 @@ from moba_train.model.gpt import Gpt
 from moba_train.parallel.topology import Topology
 from moba_train.quiet import quiet_imports
 from moba_train.train.manifest import open_regular, write_durably
-from moba_train.train.megatron_io import COMMON, FORMAT, METADATA, load_sharded, read_metadata
+from moba_train.train.megatron_io import COMMON, FORMAT, METADATA, disk_named, load_sharded, read_metadata
 from moba_train.train.progress import Progress, model_fingerprint, saved_model
 from moba_train.train.shard_checks import SuspectFile, check_archive
 
@@ -84,7 +84,8 @@ class WeightWriter:
         )
         stream = self._next_file() if self._stream is None else self._stream
         start = stream.tell()
-        torch.save(piece, stream)
+        with disk_named():
+            torch.save(piece, stream)
         name, end = Path(stream.name).name, stream.tell()
         self._places[MetadataIndex(key, offset, len(known.chunks))] = _StorageInfo(name, start, end - start)
         known.chunks.append(ChunkStorageMetadata(offset, piece.shape))
@@ -97,7 +98,9 @@ class WeightWriter:
         meta = StorageMeta(save_id=str(uuid.uuid4()))
         metadata = Metadata({**self._tensors}, storage_data=self._places, storage_meta=meta)
         write_durably(self._folder / METADATA, pickle.dumps(metadata))
-        torch.save({}, self._folder / COMMON)
+        common = io.BytesIO()  # of a path torch.save says no error of the disk
+        torch.save({}, common)
+        write_durably(self._folder / COMMON, common.getvalue())
         write_durably(self._folder / FORMAT, json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode())
 
     def _next_file(self) -> BinaryIO:

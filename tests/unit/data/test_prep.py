@@ -17,6 +17,7 @@ from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokenizer_sentencepiece import SentencepieceTokenizer
 from moba_train.data.vocabulary import check_vocabulary
 from moba_train.errors import ConfigError, DataError
+from tests.full_disk import full_disk
 from tests.unit.data.conftest import corpus
 
 
@@ -171,6 +172,24 @@ def test_broken_records_stop_prep_or_are_counted(source, tmp_path):
     assert "line 201" in caught.value.where
     report = prepare(options_of(broken, tmp_path / "out", skip_bad=True, needles={}))
     assert report.read.bad == 1 and "line 201" in report.read.first_bad
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_place_that_takes_no_folder_is_told_before_anything_is_read(source, tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(prep, "survey", lambda *args, **options: pytest.fail("it began to read"))
+    with pytest.raises(DataError, match="the folder cannot be written") as caught:
+        prepare(options_of(source, tmp_path / place))
+    assert caught.value.where == str(tmp_path / place)
+
+
+@pytest.mark.parametrize(("num_bytes", "name"), [(1000, "tokenizer.model"), (30_000, "train.bin")])
+def test_a_full_disk_is_told_with_the_file_and_leaves_no_part_of_one(prepared, source, tmp_path, num_bytes, name):
+    options = options_of(source, tmp_path / "out", tokenizer=str(prepared / "tokenizer.model"))
+    with pytest.raises(DataError, match="the file cannot be written") as caught, full_disk(num_bytes):
+        prepare(options)
+    assert caught.value.where == str(tmp_path / "out" / name)
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"tokenizer.model"}
 
 
 def test_prep_is_silent_where_there_is_no_terminal(source, tmp_path, capfd):

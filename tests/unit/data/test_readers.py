@@ -243,6 +243,14 @@ def test_a_text_file_that_is_not_utf8_is_named(tmp_path):
     assert "latin.txt" in caught.value.where
 
 
+def test_a_file_that_vanishes_before_it_is_read_is_named(folder):
+    files = list_files([str(folder)])
+    files[1].path.unlink()
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        list(read_documents(files))
+    assert caught.value.where == str(files[1].path)
+
+
 def test_a_source_that_is_not_there_or_holds_no_text_is_named(tmp_path):
     with pytest.raises(DataError, match="source not found"):
         list_files([str(tmp_path / "nowhere")])

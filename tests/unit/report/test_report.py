@@ -199,6 +199,16 @@ def test_a_folder_without_metrics_is_an_error_that_says_so(tmp_path: Path, conte
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_place_that_takes_no_report_is_named_and_nothing_is_left_there(make_run: MakeRun, tmp_path: Path) -> None:
+    run, folder = make_run(), tmp_path / "folder"
+    folder.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for place in (folder, Path("/proc/none/r.html")):
+        with pytest.raises(DataError, match="the file cannot be written"):
+            build_report(run, place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("line", ["nonsense", '{"stage": "a"}', "[]"])
 def test_a_damaged_line_is_named(make_run: MakeRun, line: str) -> None:
     run = make_run(steps=3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moba_train.commands.convert import run_to_hf
+from moba_train.commands.convert import run_from_hf, run_to_hf
 from moba_train.config.load import to_toml
 from moba_train.config.schema import DataConfig, ModelConfig, RunConfig, StageConfig
 from moba_train.data.tokenizer import train_tokenizer
@@ -21,6 +21,7 @@ from moba_train.train.manifest import seal_files, write_manifest
 from moba_train.train.progress import model_fingerprint
 from moba_train.train.resume import resolve_checkpoint
 from moba_train.train.weights import WeightReader, WeightWriter, check_weights, weights_state
+from tests.full_disk import full_disk
 
 MODEL = ModelConfig(
     num_layers=3, hidden_size=8, ffn_hidden_size=6, num_heads=2, num_kv_heads=1, head_dim=4, vocab_size=10
@@ -140,6 +141,16 @@ def test_nothing_is_overwritten(tmp_path: Path, there: str) -> None:
     with pytest.raises(CheckpointError, match="the folder cannot be written"):
         run_to_hf(tmp_path / "ours", tmp_path / "home", tokenizer=None, drop=False, max_file_gib=1.0)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("num_bytes", [1000, 20_000])
+def test_a_full_disk_is_told_and_nothing_is_left_there(tmp_path: Path, num_bytes: int) -> None:
+    make_weights(tmp_path / "ours", MODEL)
+    run_to_hf(tmp_path / "ours", tmp_path / "home", tokenizer=None, drop=False, max_file_gib=1.0)
+    with pytest.raises(CheckpointError, match="the folder cannot be written") as caught, full_disk(num_bytes):
+        run_from_hf(tmp_path / "home", tmp_path / "back")
+    assert "File too large" in str(caught.value.got)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "ours"]
 
 
 def test_the_folder_that_one_stands_in_may_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
