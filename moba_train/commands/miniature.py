@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, Final
 from moba_train.config.scale import NUM_TOKENS, describe_scale, scaled
 from moba_train.config.schema import RunConfig
 from moba_train.config.validate import validate
-from moba_train.data.prep import PrepOptions, PrepReport, prepare
+from moba_train.data.prep import PrepReport, prepare
+from moba_train.data.prep_options import PrepOptions
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokenizer_hf import train_bytewise
 from moba_train.errors import ConfigError

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moba_train.data.prep import TRAIN, PrepOptions, PrepReport, prepare
+from moba_train.data.prep import PrepReport, prepare
+from moba_train.data.prep_options import TRAIN, PrepOptions
 
 
 def run_prep(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -32,51 +32,16 @@ from moba_train.data.files import disk_errors, published
 from moba_train.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, spans_path, write_spans
 from moba_train.data.needles import FORMAT, NeedleText, build_needle_document, haystack_of, load_words, special_words
 from moba_train.data.pair_writer import PairWriter
+from moba_train.data.prep_options import TRAIN, PrepOptions, check_options
 from moba_train.data.readers import ReadStats, SourceFile, broken, list_files, read_documents, signature
 from moba_train.data.survey import Survey, expected_bytes, survey
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moba_train.data.tokenizer_hf import SETTINGS, HfTokenizer
-from moba_train.errors import ConfigError
 
 PREP_VERSION = 1
 """Raised when the same options begin to give other bytes."""
-TRAIN = "train"
-"""Value of `PrepOptions.tokenizer` that trains one."""
-
-
-@dataclass(frozen=True)
-class PrepOptions:
-    """What to prepare.
-
-    Attributes:
-        out: folder to write.
-        sources: files, folders, or "stdlib".
-        tokenizer: "train", or the path of a sentencepiece model or of a tokenizer.json.
-        eod: of a tokenizer.json, the token that ends a document; "" = its eos_token.
-        chat_template: file with the template that renders conversations; "" = the one beside the tokenizer.json.
-        vocab_size: ids of a trained tokenizer.
-        held_out: share of the documents that is held out for evaluation.
-        max_mib: read at most this much text; 0 = everything.
-        skip_bad: leave out and count broken records.
-        join: put all training text into one document, and all held-out text into another.
-        workers: processes that encode; changes no byte.
-        needles: training documents with needles, length in tokens -> how many.
-        seed: of the needle documents.
-    """
-
-    out: Path
-    sources: tuple[str, ...] = ("stdlib",)
-    tokenizer: str = TRAIN
-    eod: str = ""
-    chat_template: str = ""
-    vocab_size: int = 4096
-    held_out: float = 0.02
-    max_mib: float = 0.0
-    skip_bad: bool = False
-    join: bool = False
-    workers: int = 1
-    needles: dict[int, int] = field(default_factory=dict)
-    seed: int = 1234
+_OURS = frozenset({"prep.json", "tokenizer.json", SETTINGS})
+"""What `prep` writes that reads like text."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +95,8 @@ def prepare(options: PrepOptions) -> PrepReport:
         ConfigError: options out of range.
         DataError: sources missing, empty or broken; no text for a tokenizer; a folder that cannot be written.
     """
-    _check_options(options)
-    files = list_files(options.sources)
+    check_options(options)
+    files = [file for file in list_files(options.sources) if not _is_ours(file.path, options.out)]
     taken = None if options.tokenizer == TRAIN else load_tokenizer(options.tokenizer, eod=options.eod)
     template = _template(options, taken)
     request = _request(options, files, taken)
@@ -168,29 +133,12 @@ def prepare(options: PrepOptions) -> PrepReport:
     return report
 
 
-# ---------------------------------------------------------------------------------------------- options and prep.json
+# ---------------------------------------------------------------------------------------------------------- prep.json
 
 
-def _check_options(options: PrepOptions) -> None:
-    if not 0 < options.held_out < 1:
-        raise ConfigError("held-out share out of range", where="--held-out", got=options.held_out, allowed="0 < x < 1")
-    if options.eod and options.tokenizer == TRAIN:
-        fix = "name it with --tokenizer"
-        raise ConfigError(
-            "the end of documents is chosen for a tokenizer.json", where="--eod", got=options.eod, fix=fix
-        )
-    if options.chat_template and not options.tokenizer.endswith(".json"):
-        fix = "name that of the chat model: --tokenizer PATH/tokenizer.json"
-        where, got = "--chat-template", options.tokenizer
-        raise ConfigError(
-            "a chat template needs the tokenizer.json that it was made for", where=where, got=got, fix=fix
-        )
-    if options.workers < 1:
-        raise ConfigError("at least one process must encode", where="--workers", got=options.workers, allowed=">= 1")
-    for length, count in options.needles.items():
-        if length < 1 or count < 1:
-            got = f"{length}:{count}"
-            raise ConfigError("length and number of needle documents must be positive", where="--needles", got=got)
+def _is_ours(path: Path, out: Path) -> bool:
+    """It is no text, but what an earlier `prep` has left: `out` may lie in the folder that is read."""
+    return path.name in _OURS and path.parent.resolve() == out.resolve()
 
 
 def _request(options: PrepOptions, files: list[SourceFile], taken: Tokenizer | None) -> dict[str, Any]:

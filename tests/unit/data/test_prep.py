@@ -12,7 +12,8 @@ from moba_train.data import encode, prep
 from moba_train.data.encode import document_hash
 from moba_train.data.indexed import open_indexed, write_indexed
 from moba_train.data.needles import NeedleText, load_words
-from moba_train.data.prep import PrepOptions, prepare
+from moba_train.data.prep import prepare
+from moba_train.data.prep_options import PrepOptions
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokenizer_sentencepiece import SentencepieceTokenizer
 from moba_train.data.vocabulary import check_vocabulary

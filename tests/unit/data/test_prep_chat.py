@@ -23,7 +23,8 @@ from moba_train.config.schema import DataConfig, SourceConfig, StageConfig
 from moba_train.data import encode
 from moba_train.data.chat import ChatEncoder, ChatTemplate
 from moba_train.data.indexed import open_indexed
-from moba_train.data.prep import PrepOptions, prepare
+from moba_train.data.prep import prepare
+from moba_train.data.prep_options import PrepOptions
 from moba_train.data.records import Conversation, document_of
 from moba_train.data.stage_data import StageData
 from moba_train.data.tokenizer import load_tokenizer

@@ -13,7 +13,8 @@ from moba_train.commands.companions import token_ids, write_companions
 from moba_train.data import encode
 from moba_train.data.indexed import open_indexed
 from moba_train.data.needles import haystack_of
-from moba_train.data.prep import PrepOptions, prepare
+from moba_train.data.prep import prepare
+from moba_train.data.prep_options import PrepOptions
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 from moba_train.data.vocabulary import check_vocabulary
 from moba_train.errors import ConfigError, DataError
@@ -47,6 +48,17 @@ def prepared(options: PrepOptions) -> Tokenizer:
 def documents_of(folder: Path, *names: str) -> list[list[int]]:
     pairs = [open_indexed(folder / name) for name in names or ("train", "valid")]
     return [pair.get(i).tolist() for pair in pairs for i in range(pair.num_documents)]
+
+
+@pytest.mark.parametrize("place", ["out", "."])
+def test_a_folder_inside_of_its_own_source_is_not_read(model: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    again = PrepOptions(tmp_path / place, (str(tmp_path),), tokenizer=str(model), held_out=0.1)
+    first = prepare(again)
+    assert first.read.files == 1 and not first.up_to_date
+    assert prepare(again).up_to_date
+    changed = prepare(dataclasses.replace(again, held_out=0.2))
+    assert changed.read == first.read and not changed.up_to_date
 
 
 def test_a_document_begins_and_ends_as_the_model_knows_it(
