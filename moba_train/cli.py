@@ -127,8 +127,9 @@ def _add_prep(commands: argparse._SubParsersAction[argparse.ArgumentParser], com
         '"stdlib" (the default): Python\'s own library as text',
     )
     prep.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    prep.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train [4096]")
-    prep.add_argument("--tokenizer", type=Path, metavar="PATH", help="take this .model or tokenizer.json, train none")
+    ids = prep.add_mutually_exclusive_group()
+    ids.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer to train [4096]")
+    ids.add_argument("--tokenizer", type=Path, metavar="PATH", help="take this .model or tokenizer.json, train none")
     prep.add_argument(
         "--eod", default="", metavar="TOKEN", help="of a tokenizer.json: it ends documents [its eos_token]"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def check_options(options: PrepOptions) -> None:
         raise ConfigError(
             "a chat template needs the tokenizer.json that it was made for", where=where, got=got, fix=fix
         )
+    if not 0 <= options.max_mib < math.inf:
+        allowed = "a number of MiB; 0 = everything"
+        raise ConfigError("no such amount of text", where="--max-mib", got=options.max_mib, allowed=allowed)
+    if options.seed < 0:
+        raise ConfigError("a seed must not be negative", where="--seed", got=options.seed, allowed=">= 0")
     if options.workers < 1:
         raise ConfigError("at least one process must encode", where="--workers", got=options.workers, allowed=">= 1")
     for length, count in options.needles.items():

@@ -127,7 +127,7 @@ def train_tokenizer(
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a vocabulary beyond its integers
         raise DataError(
             "the tokenizer could not be trained",
             where=str(path),

@@ -114,6 +114,7 @@ def test_another_rank_waits_before_it_repeats_an_error(
         ["plan"],
         ["prep"],
         ["prep", "--out", "x", "--needles", "128"],
+        ["prep", "--out", "x", "--tokenizer", "t.model", "--vocab-size", "4096"],
         ["eval"],
         ["eval", "niah"],
         ["eval", "niah", "run", "--attentions", "sparse"],

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,12 @@ def test_prep_is_silent_where_there_is_no_terminal(source, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "change", [{"held_out": 0.0}, {"held_out": 1.0}, {"workers": 0}, {"needles": {0: 5}}, {"needles": {64: 0}}]
+    "change",
+    [
+        *({"held_out": share} for share in (0.0, 1.0, -0.1, math.nan)),
+        *({"max_mib": mib} for mib in (-1.0, math.nan, math.inf)),
+        *({"workers": 0}, {"seed": -1}, {"needles": {0: 5}}, {"needles": {64: 0}}),
+    ],
 )
 def test_options_out_of_range_are_refused(source, tmp_path, change):
     with pytest.raises(ConfigError) as caught:

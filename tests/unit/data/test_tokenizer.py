@@ -58,9 +58,10 @@ def test_too_small_a_vocabulary_is_refused(tmp_path):
         train_tokenizer(corpus(5), tmp_path / "t.model", vocab_size=300)
 
 
-def test_too_little_text_is_refused(tmp_path):
+@pytest.mark.parametrize("vocab_size", [4000, 10**10])
+def test_too_little_text_is_refused(tmp_path, vocab_size):
     with pytest.raises(DataError, match="could not be trained"):
-        train_tokenizer(["abc"], tmp_path / "t.model", vocab_size=4000)
+        train_tokenizer(["abc"], tmp_path / "t.model", vocab_size=vocab_size)
     assert list(tmp_path.iterdir()) == []
 
 
