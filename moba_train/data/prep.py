@@ -38,8 +38,8 @@ from moba_train.data.survey import Survey, expected_bytes, survey
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moba_train.data.tokenizer_hf import SETTINGS, HfTokenizer
 
-PREP_VERSION = 1
-"""Raised when the same options begin to give other bytes."""
+PREP_VERSION = 2
+"""Raised when the same options begin to give other bytes. 2: files without their byte order mark."""
 _OURS = frozenset({"prep.json", "tokenizer.json", SETTINGS})
 """What `prep` writes that reads like text."""
 

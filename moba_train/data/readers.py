@@ -3,7 +3,8 @@
 A source is a folder (all text, code and record files below it, by name), a `.txt` file or any other text file (one
 document), a file of records (`.jsonl`, packed as .gz or .zst or not, or `.parquet`: one document per line or row, in
 the field "text", or "messages" for a conversation), or the word `stdlib`: the source tree of the Python that runs
-this, some 30 MB of real text that every machine with Python has.
+this, some 30 MB of real text that every machine with Python has. The mark with which Windows begins files (U+FEFF, a
+byte order mark) is no part of their text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +161,7 @@ def _documents(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[D
         yield from _rows(file, skip_bad, stats)
     else:
         try:
-            yield file.path.read_bytes().decode("utf-8")
+            yield file.path.read_bytes().removeprefix(BOM_UTF8).decode("utf-8")
         except UnicodeDecodeError as error:
             _bad(file.name, f"not UTF-8: {error}", skip_bad, stats)
 
@@ -169,6 +171,8 @@ def _json_lines(file: SourceFile, skip_bad: bool, stats: ReadStats) -> Iterator[
     try:
         with open_bytes(file.path) as stream:
             for line_number, line in enumerate(_lines(stream), start=1):
+                if line is not None and line_number == 1:
+                    line = line.removeprefix(BOM_UTF8)
                 if line is not None and not line.strip():
                     continue
                 where = f"{file.name}, line {line_number}"

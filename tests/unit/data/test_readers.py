@@ -236,6 +236,25 @@ def test_a_cut_or_damaged_parquet_file_is_named_by_row(tmp_path):
     assert 0 < found < 4000 and stats.bad == 1 and f"a.parquet, row {found + 1}" in stats.first_bad
 
 
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.txt", bytes),
+        ("a.jsonl", bytes),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress),
+    ],
+)
+def test_a_byte_order_mark_is_left_out_at_the_beginning_of_a_file_alone(tmp_path, name, pack):
+    mark, texts = "\ufeff", ["first\ufeff", "\ufeffsecond"]
+    if name == "a.txt":
+        content, texts = mark + "".join(texts), ["".join(texts)]
+    else:
+        content = mark + "\n" + jsonl(*({"text": text} for text in texts)).decode()
+    (tmp_path / name).write_bytes(pack(content.encode()))
+    assert read(tmp_path / name) == texts
+
+
 def test_a_text_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="broken record") as caught:
