@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from moba_train.config.mix_rules import doc_floor
-from moba_train.config.schema import RunConfig, SourceLengths
+from moba_train.config.schema import ModelConfig, RunConfig, SourceLengths
 from moba_train.data.indexed import IndexedDocuments, open_indexed
 from moba_train.data.stage_data import check_lengths
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,20 +49,19 @@ def _data_errors(
     loaded: list[Tokenizer] = []  # once: a large tokenizer.json takes seconds
     errors = _errors_of("data.tokenizer", lambda: loaded.append(load_tokenizer(config.data.tokenizer)))
     tokenizer = loaded[0] if loaded else None
-    vocab_size = config.model.vocab_size - config.model.vocab_padding
     for key, path in sources:
-        for error in _errors_of(key, partial(_check_source, key, path, tokenizer, vocab_size, opened)):
+        for error in _errors_of(key, partial(_check_source, key, path, tokenizer, config.model, opened)):
             if error.message() not in [known.message() for known in errors]:  # a small model is told of once
                 errors.append(error)
     return errors
 
 
 def _check_source(
-    key: str, path: str, tokenizer: Tokenizer | None, vocab_size: int, opened: dict[str, IndexedDocuments]
+    key: str, path: str, tokenizer: Tokenizer | None, model: ModelConfig, opened: dict[str, IndexedDocuments]
 ) -> None:
     documents = opened[key] = open_indexed(path)
     if tokenizer is not None:
-        check_vocabulary(tokenizer, documents, vocab_size=vocab_size)
+        check_vocabulary(tokenizer, documents, vocab_size=model.vocab_size, padding=model.vocab_padding)
 
 
 def _length_errors(config: RunConfig, opened: dict[str, IndexedDocuments]) -> list[UserError]:

@@ -13,23 +13,26 @@ CHECKED_TOKENS = 1 << 20
 """Tokens looked at, at the beginning and at the end of the source; all would take hours at 10^12."""
 
 
-def check_vocabulary(tokenizer: Tokenizer, documents: IndexedDocuments, *, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, documents: IndexedDocuments, *, vocab_size: int, padding: int = 0) -> None:
     """Refuse a source or a model that does not fit the tokenizer.
 
     Args:
-        vocab_size: rows of the model's embedding, without padding.
+        vocab_size: rows of the model's embedding.
+        padding: those of them that stand for no token.
 
     Raises:
         ConfigError: the model has fewer rows than the tokenizer has ids.
         DataError: the source was written with another tokenizer, or holds ids that the tokenizer does not have.
     """
-    if vocab_size < tokenizer.vocab_size:
+    if vocab_size - padding < tokenizer.vocab_size:
+        spare = vocab_size - tokenizer.vocab_size
+        lower = f"lower model.vocab_padding to {spare}, or " if padding and spare >= 0 else ""
         raise ConfigError(
             "the model's vocabulary is smaller than the tokenizer's",
             where="model.vocab_size",
-            got=vocab_size,
-            allowed=f">= {tokenizer.vocab_size} ({tokenizer.path})",
-            fix=f"set model.vocab_size to at least {tokenizer.vocab_size}",
+            got=f"{vocab_size}, less {padding} of model.vocab_padding" if padding else vocab_size,
+            allowed=f">= {tokenizer.vocab_size}{' and the padding' if padding else ''} ({tokenizer.path})",
+            fix=f"{lower}set model.vocab_size to at least {tokenizer.vocab_size + padding}",
         )
     written_with, ending_with = prepared_with(documents.prefix)
     if written_with and written_with != tokenizer.fingerprint:

@@ -132,6 +132,22 @@ def test_a_model_that_is_too_small_for_the_tokenizer_is_told_of_once(config: Run
     assert isinstance(error, ConfigError) and error.where == "model.vocab_size"
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "fix"),
+    [
+        (400, "lower model.vocab_padding to 0, or set model.vocab_size to at least 500"),
+        (420, "lower model.vocab_padding to 20, or set model.vocab_size to at least 500"),
+        (300, "set model.vocab_size to at least 500"),
+    ],
+)
+def test_a_model_that_padding_makes_too_small_is_told_of_its_padding(
+    config: RunConfig, vocab_size: int, fix: str
+) -> None:
+    model = dataclasses.replace(config.model, vocab_size=vocab_size, vocab_padding=100)
+    error = error_of(check_training_inputs, dataclasses.replace(config, model=model))
+    assert error.got == f"{vocab_size}, less 100 of model.vocab_padding" and error.fix == fix
+
+
 def test_ids_that_the_tokenizer_does_not_have_are_refused(config: RunConfig) -> None:
     write_indexed(config.data.valid.path, [np.array([1, 2, 400], dtype=np.int64)], vocab_size=500)
     assert error_of(check_training_inputs, config).what == "the data holds ids that the tokenizer does not have"
