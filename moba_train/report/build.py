@@ -15,9 +15,9 @@ from moba_train.eval.table import HEADER as NIAH_HEADER
 from moba_train.eval.table import niah_rows
 from moba_train.report import page, plots
 from moba_train.report.communication import communication
-from moba_train.report.run_data import RunData, last_number, load_run, mean_number, number, series
+from moba_train.report.run_data import RunData, last_number, load_run, mean_number, number
 from moba_train.report.stages import STAGE_HEADER, UNKNOWN, UNTIL_HEADER, fixed, stage_rows, switches, until_rows
-from moba_train.train.figures import memory_rows
+from moba_train.train.figures import memory_rows, take_memory
 
 
 def _tiles(run: RunData) -> str:
@@ -170,8 +170,9 @@ def _routing(run: RunData) -> list[str]:
 
 
 def _memory(run: RunData) -> list[str]:
-    keys = {key for step in run.steps for key in step if key.startswith("memory/")}
-    largest = {key: max(series(run.steps, key)[1], default=0.0) for key in keys}
+    largest: dict[str, float] = {}
+    for step in run.steps:
+        take_memory(largest, {key: value for key in step if (value := number(step, key)) is not None})
     rows = [(name, how, f"{gib:.3f}") for name, gib, how in memory_rows(largest)]
     note = (
         "GiB of the rank that needs most. What is counted lives as long as the run; attention, mlp, loss, reduce and "

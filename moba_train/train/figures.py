@@ -23,6 +23,23 @@ COMPONENTS: Final = (
 """(name, how it was got), in the order of a step; the record has memory/<name>_gib. See `moba_train.engine.memory`."""
 
 
+_ALL_RANKS: Final = "memory/peak_all_ranks_gib"
+
+
+def take_memory(largest: dict[str, float], record: Mapping[str, Any]) -> None:
+    """Raise the `largest` memory so far by that of a step: by key, of the steps on which all ranks were asked.
+
+    Between those `memory/peak_gib` is that of rank 0 so far, and may be more than the last sum over all ranks. It
+    counts until all ranks are asked for the first time.
+    """
+    if _ALL_RANKS in largest and _ALL_RANKS not in record:
+        return
+    if _ALL_RANKS in record and _ALL_RANKS not in largest:
+        largest.clear()
+    found = {key: float(value) for key, value in record.items() if key.startswith("memory/")}
+    largest |= {key: max(value, largest.get(key, 0.0)) for key, value in found.items()}
+
+
 def memory_rows(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """(component, GiB, how it was got) of a record, those that it has. Components do not add up to the peak: a step
     needs attention, mlp, loss, reduce and step one after the other."""

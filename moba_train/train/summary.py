@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moba_train.config.schema import StageConfig
-from moba_train.train.figures import memory_rows, time_per_token_us
+from moba_train.train.figures import memory_rows, take_memory, time_per_token_us
 from moba_train.train.metrics import Record
 
 
@@ -24,9 +24,7 @@ class RunSummary:
     def write(self, record: Record) -> None:
         """Note one step."""
         self._rates.setdefault(str(record["stage"]), []).append(float(record["perf/tokens_per_s"]))
-        for key, value in record.items():
-            if key.startswith("memory/"):
-                self._memory[key] = max(self._memory.get(key, 0.0), float(value))
+        take_memory(self._memory, record)
 
     def amend(self, record: Record) -> None:
         """An evaluation says nothing of time and memory of steps."""
