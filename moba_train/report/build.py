@@ -15,8 +15,17 @@ from moba_train.eval.table import HEADER as NIAH_HEADER
 from moba_train.eval.table import niah_rows
 from moba_train.report import page, plots
 from moba_train.report.communication import communication
-from moba_train.report.run_data import RunData, last_number, load_run, mean_number, number
-from moba_train.report.stages import STAGE_HEADER, UNKNOWN, UNTIL_HEADER, fixed, stage_rows, switches, until_rows
+from moba_train.report.run_data import RunData, last_number, load_run, number
+from moba_train.report.stages import (
+    STAGE_HEADER,
+    UNKNOWN,
+    UNTIL_HEADER,
+    fixed,
+    mean_rate,
+    stage_rows,
+    switches,
+    until_rows,
+)
 from moba_train.train.figures import memory_rows, take_memory
 
 
@@ -270,7 +279,7 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
     first, last = run.steps[0]["step"], run.steps[-1]["step"]
     count = len(run.stages)
     subtitle = f"{count} stage{'s' if count > 1 else ''}, steps {first} to {last}; mean throughput "
-    rate = mean_number(run.steps, "perf/tokens_per_s")
+    rate = mean_rate(run.steps)
     subtitle += f"{plots.human(rate)} tokens/s" if rate is not None else "not known"
     links = [(anchor, titles[anchor]) for anchor, parts in sections.items() if any(parts)]
     path = out if out is not None else run_dir / "report.html"

@@ -87,8 +87,8 @@ STAGE_HEADER = (
     "held-out full",
     "needle MoBA",
     "needle full",
-    "tokens/s",
-    "us per token",
+    "tokens/s, median step",
+    "us per token, median step",
 )
 
 
@@ -99,6 +99,7 @@ def stage_rows(run: RunData) -> list[tuple[str, ...]]:
     for stage in run.stages:
         tokens_after = last_number(stage.steps, "tokens")
         _, rates = series(stage.steps, "perf/tokens_per_s")
+        time_us = time_per_token_us(rates) if rates else None
         _, losses = series(stage.steps, "train/loss")
         near = min(NEAR_STEPS, max(1, len(losses) // 2))
         start, end = losses[:near], losses[-near:]
@@ -116,12 +117,20 @@ def stage_rows(run: RunData) -> list[tuple[str, ...]]:
                 fixed(last_number(stage.steps, "eval/loss_full")),
                 fixed(last_number(stage.steps, "eval/niah_moba"), 2),
                 fixed(last_number(stage.steps, "eval/niah_full"), 2),
-                human(sum(rates) / len(rates)) if rates else UNKNOWN,
-                fixed(time_per_token_us(rates) if rates else None, 2),
+                UNKNOWN if time_us is None else human(1e6 / time_us),
+                fixed(time_us, 2),
             )
         )
         tokens_before = tokens_after if tokens_after is not None else tokens_before
     return rows
+
+
+def mean_rate(steps: Sequence[Step]) -> float | None:
+    """Tokens per second of all steps together: fast steps do not count more than the time they take."""
+    known = [(number(step, "perf/tokens_per_s"), number(step, "perf/step_time_s")) for step in steps]
+    timed = [(rate * seconds, seconds) for rate, seconds in known if rate is not None and seconds is not None]
+    total = sum(seconds for _, seconds in timed)
+    return sum(tokens for tokens, _ in timed) / total if total else None
 
 
 def _at(steps: Sequence[Step], key: str, *, newest: bool, digits: int) -> str:

@@ -20,7 +20,7 @@ from moba_train.errors import DataError
 from moba_train.report import build_report, summary_table
 from moba_train.report.plots import MAX_POINTS, human, plot_loss, smooth, thin
 from moba_train.report.run_data import load_run, series
-from moba_train.report.stages import stage_rows, switches, until_rows
+from moba_train.report.stages import mean_rate, stage_rows, switches, until_rows
 from moba_train.train.manifest import content_name
 
 from .conftest import write_run
@@ -248,6 +248,17 @@ def test_stages_are_summed_up_by_their_own_steps(make_run: MakeRun) -> None:
     assert (short[1], full[1], long[2], long[3]) == ("MoBA 16/3", "full", "2048", "151 to 370")
     assert (short[4], long[4]) == (human(150 * 8192), human(220 * 8192))
     assert full[5] == "1.000"
+
+
+def test_throughput_is_tokens_by_time_and_of_a_stage_that_of_its_median_step(make_run: MakeRun) -> None:
+    run = load_run(make_run())
+    timed = [{"perf/step_time_s": 8192 / rate, "perf/tokens_per_s": rate} for rate in (100.0, 5000.0, 10_000.0)]
+    steps = tuple(step | time for step, time in zip(run.steps, timed, strict=False))
+    rate = 3 * 8192 / sum(time["perf/step_time_s"] for time in timed)
+    assert mean_rate(steps) == pytest.approx(rate) and rate < 300
+    assert mean_rate([{"perf/tokens_per_s": 5.0}]) is None
+    (row,) = stage_rows(replace(run, steps=steps, stages=(replace(run.stages[0], steps=steps),)))
+    assert row[-2:] == (human(5000.0), "200.00")
 
 
 def test_the_summary_holds_losses_needle_and_the_place_of_the_report(make_run: MakeRun) -> None:
