@@ -25,7 +25,7 @@ from moba_train.train.until import no_trailing_loss
 
 
 def build_evaluators(config: RunConfig, engine: Engine, tokenizer: Tokenizer) -> tuple[Evaluator, ...]:
-    """The evaluators that the configuration asks for.
+    """The evaluators that the configuration asks for; rank 0 prints where there are fewer held-out rows than that.
 
     Everything that could fail for lack of held-out text fails here, and not after hours of training.
 
@@ -35,7 +35,10 @@ def build_evaluators(config: RunConfig, engine: Engine, tokenizer: Tokenizer) ->
     """
     evaluators: list[Evaluator] = []
     if config.eval.rows > 0:
-        evaluators.append(PositionEvaluator(config, engine, tokenizer))
+        position = PositionEvaluator(config, engine, tokenizer)
+        evaluators.append(position)
+        for line in position.missing_rows if engine.topology.is_first_rank else ():
+            print(line, flush=True)
     if config.niah.loop_samples > 0:
         evaluators.append(NiahEvaluator(config, engine, tokenizer))
     return tuple(evaluators)
@@ -56,6 +59,15 @@ class PositionEvaluator:
         self._training_text = open_indexed(text_source(config))
         self._unigram: dict[int, float] = {}
         self._check_rows(config)
+
+    @property
+    def missing_rows(self) -> tuple[str, ...]:
+        """A line for each length of rows of which there are fewer than are asked for."""
+        return tuple(
+            f"held-out: {len(rows):,} row(s) of {seq_len:,} tokens are all there are (eval.rows {self._eval.rows:,})"
+            for seq_len, rows in sorted(self._rows.items())
+            if len(rows) < self._eval.rows
+        )
 
     def is_due(self, step: int, is_stage_end: bool) -> bool:
         """See `Evaluator`."""

@@ -295,7 +295,7 @@ class EvalConfig:
     every_steps: int = 0
     """0 = only at the end of each stage."""
     rows: int = 4
-    """Held-out rows per evaluation; 0 = no held-out evaluation."""
+    """Held-out rows per evaluation, all where there are fewer; 0 = no held-out evaluation."""
     buckets: int = 8
     """Position buckets of the loss-by-position curve."""
 
