@@ -37,6 +37,7 @@ from moba_train.data.prep_options import PrepOptions
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokenizer_hf import train_bytewise
 from moba_train.errors import ConfigError
+from moba_train.train.manifest import find_damage
 
 if TYPE_CHECKING:
     import torch
@@ -242,11 +243,18 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def _take_in(source: Path, weights: Path) -> None:
-    """As the command does, which makes its folder whole itself; what it prints is for those who called it."""
+    """As the command does, which makes its folder whole itself; what it prints is for those who called it.
+
+    Nobody keeps a copy of these weights: damaged ones are made again.
+    """
     from moba_train.commands.convert import run_from_hf
 
     if weights.exists():
-        return
+        damage = find_damage(weights)
+        if not damage:
+            return
+        print(f"making {weights} anew: {damage}", flush=True)
+        shutil.rmtree(weights)
     shutil.rmtree(weights.with_name(weights.name + ".tmp"), ignore_errors=True)  # of a process that was ended
     with redirect_stdout(io.StringIO()):
         run_from_hf(source, weights)

@@ -293,6 +293,22 @@ def test_what_an_interrupted_process_has_left_is_made_again(tmp_path: Path, monk
     assert (tmp_path / f"{tiny.data.valid.path}.bin").read_bytes() == before, "the same bytes whenever it is made"
 
 
+def test_damaged_weights_of_the_miniature_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = Path(in_miniature(recipe("llama_8b_1m"), make=True).model.init_from)
+    (shard,) = weights.glob("*.distcp")
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-100] + bytes(100))
+    capsys.readouterr()
+    in_miniature(recipe("llama_8b_1m"), make=True)
+    assert shard.read_bytes() == before
+    assert f"making {weights} anew: {shard.name} has the right size but another SHA-256" in capsys.readouterr().out
+    in_miniature(recipe("llama_8b_1m"), make=True)
+    assert "anew" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_other_configurations_run_in_miniature(tmp_path: Path) -> None:
     run_all(make_workspace(tmp_path), [("command", train(name).split()) for name in OTHERS])
