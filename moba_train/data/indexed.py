@@ -13,7 +13,6 @@ Legend: all lengths and offsets are in tokens unless a name says bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterable, Sequence
@@ -125,25 +124,6 @@ class IndexedDocuments:
         return np.asarray(self.spans[low:high, 1:], dtype=np.int64)
 
 
-def fingerprint_of(prefix: str | Path) -> str:
-    """sha256 (hex) of the sizes and the first and last mebibyte of a pair's files, answer spans included. Cheap for any
-    size: it tells pairs apart that were prepared differently, not a flipped bit in the middle.
-
-    Raises:
-        DataError: a file of the pair is missing or empty.
-    """
-    digest, spans = hashlib.sha256(), spans_path(prefix)
-    for path in (idx_path(prefix), bin_path(prefix), *([spans] if spans.exists() else [])):
-        _require_file(path)
-        size = path.stat().st_size
-        digest.update(struct.pack("<Q", size))
-        with open(path, "rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()
-
-
 def open_indexed(prefix: str | Path) -> IndexedDocuments:
     """Check a `.bin/.idx` pair and map it read-only.
 
@@ -152,7 +132,7 @@ def open_indexed(prefix: str | Path) -> IndexedDocuments:
     """
     prefix = str(prefix)
     for path in (idx_path(prefix), bin_path(prefix)):
-        _require_file(path)
+        require_file(path)
     idx, sizes = idx_path(prefix), idx_path(prefix).stat().st_size
     dtype, num_sequences, num_boundaries = _read_header(idx)
     expected = HEADER_BYTES + num_sequences * 12 + num_boundaries * 8
@@ -187,7 +167,8 @@ def open_indexed(prefix: str | Path) -> IndexedDocuments:
     return documents
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Refuse a file of a pair that is missing or empty. Raises DataError."""
     if not path.is_file():
         pair = "a source is a pair PREFIX.bin and PREFIX.idx; give the path without the ending"
         raise DataError(

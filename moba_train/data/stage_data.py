@@ -33,7 +33,8 @@ from moba_train.config.mix_rules import doc_floor, lengths_errors
 from moba_train.config.schema import DataConfig, SourceConfig, SourceLengths, StageConfig
 from moba_train.data.assemble import Piece, pieces_of_stream, row_of_stream
 from moba_train.data.files import published
-from moba_train.data.indexed import IndexedDocuments, fingerprint_of, open_indexed
+from moba_train.data.fingerprint import fingerprint_of
+from moba_train.data.indexed import IndexedDocuments, open_indexed
 from moba_train.data.mix import mix_rows, rows_per_source
 from moba_train.data.permutation import permute
 from moba_train.data.row import Row
