@@ -78,9 +78,9 @@ def _evaluate(
     """Load the checkpoint, score the grid and print it; collective over all ranks."""
     begin = resolve_checkpoint(path)
     assert begin.path is not None
-    if begin.path / CONFIG != _config_of(path):  # the newest is damaged where only its hashes show it
-        config = replace(load_config(begin.path / CONFIG, overrides), parallel=config.parallel)
-        check_evaluation_inputs(config)
+    trained = replace(load_config(begin.path / CONFIG, overrides), parallel=config.parallel)
+    if trained != config:  # the newest checkpoint is damaged where only its hashes show it, or newer than a moment ago
+        check_evaluation_inputs(config := trained)
     tokenizer = load_tokenizer(config.data.tokenizer)
     engine, progress = trained_engine(config, topology, begin.path, identity_of(config, tokenizer, topology))
     engine.set_stage(progress.stage_index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -55,6 +57,15 @@ def test_one_graph_cannot_hold_it():
     compiled = torch.compile(Block(Full()), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         compiled(torch.randn(8, 64), Pack([0, 8]))
+
+
+def test_an_unknown_argument_is_a_type_error_and_known_ones_can_be_asked_for():
+    q = torch.randn(8, 2, 16)
+    with pytest.raises(TypeError, match=r"attend.*'scale'"):
+        attend(q, q, q, Full(), scale=1.0)
+    with pytest.raises(TypeError, match=r"key_conv.*'halo'"):
+        key_conv(q, torch.ones(2, 16, 3), document_offset=torch.arange(8), halo=None)
+    assert "softmax_scale" in inspect.signature(attend).parameters and attend.__name__ == "attend"
 
 
 def of_row(q, k):
